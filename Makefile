@@ -1,0 +1,51 @@
+# The command index. Each command does its own set-up: a virtual environment in .venv, torch, the build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One process per core and one thread each, asleep while they wait; tests that are about threads ask for them.
+PARALLEL := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+.PHONY: help demo test lint bench build sanitize install-check cuda-check test-gpu bench-gpu clean
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(READY): pyproject.toml setup.py csrc/build_backend.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch torchvision
+	$(BIN)/python -m pip install --quiet --editable '.[experiments,vision,test,lint]'
+	touch $@
+
+build: $(READY) ## compile what changed in csrc
+	$(BIN)/python dnl_kernels/_builder.py
+
+demo: build ## train the paper's depth sweep on digits (CPU, a few minutes)
+	$(BIN)/dnl train --dataset digits --depths 2 4 8 16 --epochs 6 --repeats 2 --out out/demo --resume
+
+test: build ## the whole test suite; Triton's kernels interpreted in a process of their own
+	$(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(PARALLEL) TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto python_tests/triton_backend/interpreter
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+sanitize: $(READY) ## operator tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer
+	DNL_CUDA=0 DNL_CXXFLAGS="$(SANITIZE)" $(BIN)/python dnl_kernels/_builder.py build/sanitized
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DNL_LIBRARY_DIR=build/sanitized \
+	$(BIN)/python -m pytest python_tests/ops -m "not slow" --capture=sys
+
+install-check: build ## every way of installing, in environments that lack something
+	$(BIN)/python python_tests/install/check_install.py
+
+cuda-check: build ## compile every GPU kernel without a GPU and hold it to its budget
+	$(BIN)/python -m dnl_kernels.testing.triton_gate
+
+bench: build ## the benchmarks on this machine
+	$(BIN)/python -m pytest bench --benchmark-enable
+
+clean: ## remove everything that was made here
+	rm -rf $(VENV) build dist out dnl_kernels/_C*.so dnl_kernels/_cuda.so *.egg-info

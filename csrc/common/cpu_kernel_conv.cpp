@@ -1,0 +1,368 @@
+// Loops of common/conv.h. Vector lanes run over positions, register tiles over positions x outputs: no dependence on
+// channel counts and no horizontal sums inside a loop.
+#include "common/activation.h"
+#include "common/conv.h"
+#include "common/vec.h"
+
+namespace dnl::DNL_ISA {
+namespace {
+
+// Vectors of positions in a tile of `outputs`: their product is the number of accumulators.
+#if defined(__AVX512F__)
+constexpr int kRegisters = 24;
+constexpr int kStreams = 4;  // of weight_gradient: streams x outputs accumulators
+#else
+constexpr int kRegisters = 12;
+constexpr int kStreams = 2;
+#endif
+constexpr int positions_per_tile(int outputs) { return kRegisters / outputs < 8 ? kRegisters / outputs : 8; }
+
+// Calls body.template operator()<O>() for the O that equals `outputs`.
+template <class Body>
+DNL_INLINE void dispatch_outputs(int64_t outputs, Body body) {
+  static_assert(kConvGroup == 6);
+  switch (outputs) {
+    case 1: return body.template operator()<1>();
+    case 2: return body.template operator()<2>();
+    case 3: return body.template operator()<3>();
+    case 4: return body.template operator()<4>();
+    case 5: return body.template operator()<5>();
+    case 6: return body.template operator()<6>();
+  }
+}
+
+template <class T>
+DNL_INLINE void zero(T* p, int64_t n) {
+  if (n > 0) memset(p, 0, n * sizeof(T));
+}
+
+// Spreads the cache lines of `Ahead` over the steps (tiles x channels) of a loop.
+class Prefetcher {
+ public:
+  Prefetcher(Ahead ahead, int64_t steps)
+      : next_(static_cast<const char*>(ahead.data)),
+        end_(next_ + ahead.bytes),
+        lines_((ahead.bytes / kLine + steps) / (steps > 0 ? steps : 1)) {}
+  DNL_INLINE void step() {
+    for (int64_t i = 0; i < lines_ && next_ < end_; i++, next_ += kLine) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *next_, *end_;
+  int64_t lines_;
+};
+
+// sum over channels and taps for V vectors of positions and O outputs
+template <class T, int O, int V>
+DNL_INLINE void accumulate_tile(const T* from, int64_t stride, int64_t channels, const int64_t* taps, int64_t tap_count,
+                                const T* weight, Vec<T> (&sum)[O][V], Prefetcher& ahead) {
+  for (int64_t c = 0; c < channels; c++, from += stride) {
+    ahead.step();
+    for (int64_t t = 0; t < tap_count; t++, weight += O) {
+      const T* x = from + taps[t];
+      Vec<T> in[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) in[v] = load(x + v * kLanes<T>);
+#pragma GCC unroll 6
+      for (int o = 0; o < O; o++) {
+        const Vec<T> w = broadcast(weight[o]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) sum[o][v] += in[v] * w;
+      }
+    }
+  }
+}
+
+// Runs body.template operator()<V>(p) over all positions with the widest tiles that fit.
+template <class T, int O, class Body>
+DNL_INLINE void for_each_tile(int64_t span, Body body) {
+  constexpr int V = positions_per_tile(O);
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t rounded = (span + lanes - 1) / lanes * lanes;
+  int64_t p = 0;
+  for (; p + V * lanes <= rounded; p += V * lanes) body.template operator()<V>(p);
+  if constexpr (V > 2)
+    for (; p + 2 * lanes <= rounded; p += 2 * lanes) body.template operator()<2>(p);
+  for (; p < rounded; p += lanes) body.template operator()<1>(p);
+}
+
+// One row of pixels, then its padding on the right.
+template <class T, Activation A>
+DNL_INLINE void load_row(const T* from, T* to, int64_t width, int64_t readable, int64_t radius, T scale, T shift) {
+  constexpr int64_t lanes = kLanes<T>;
+  const Vec<T> s = broadcast(scale), h = broadcast(shift);
+  for (int64_t x = 0; x < width; x += lanes) {
+    Vec<T> value, slope;
+    const Vec<T> in = x + lanes <= readable ? load(from + x) : load_partial(from + x, int(readable - x));
+    activate<T, A>(in * s + h, value, slope);
+    store(to + x, value);  // may run into the next row, which is written later
+  }
+  for (int64_t i = 0; i < radius; i++) to[width + i] = T(0);
+}
+
+}  // namespace
+
+template <class T>
+void load_planes(const Tile& tile, Planes<const T> from, int64_t channels, const T* scale, const T* shift,
+                 Activation activation, T* to) {
+  const FlatPlane& f = tile.flat;
+  const int64_t r = f.radius, pitch = f.pitch(), width = f.width, area = tile.height * width;
+  const int64_t top = tile.row - r > 0 ? tile.row - r : 0;
+  const int64_t bottom = tile.row + f.rows + r < tile.height ? tile.row + f.rows + r : tile.height;
+  dispatch_activation(activation, [&]<Activation A>() {
+    for (int64_t c = 0; c < channels; c++, to += f.length()) {
+      const T s = scale ? scale[c] : T(1), h = shift ? shift[c] : T(0);
+      zero(to - f.origin(), f.origin());
+      for (int64_t i = 0; i < f.images; i++) {
+        const T* plane = from.data + i * from.image_stride + c * from.channel_stride;
+        T* pixels = to + i * f.image() - tile.row * pitch;  // row y of the image at pixels + y * pitch
+        for (int64_t y = top; y < bottom; y++)
+          load_row<T, A>(plane + y * width, pixels + y * pitch, width, area - y * width, r, s, h);
+        zero(pixels + bottom * pitch, (tile.row + f.rows + r - bottom) * pitch);
+      }
+      T* end = to + f.span() + f.halo();
+      zero(end, (to - f.origin() + f.length()) - end);
+    }
+  });
+}
+
+template <class T>
+void activate_run(const T* u, int64_t n, T scale, T shift, const T* mask, Activation activation, T* value, T* slope) {
+  const Vec<T> s = broadcast(scale), h = broadcast(shift);
+  dispatch_activation(activation, [&]<Activation A>() {
+    Vec<T> a, d;
+    int64_t p = 0;
+    for (; p + kLanes<T> <= n; p += kLanes<T>) {
+      activate<T, A>(load(u + p) * s + h, a, d);
+      const Vec<T> m = mask ? load(mask + p) : broadcast(T(1));
+      store(value + p, a * m);
+      if (slope) store(slope + p, d * m);
+    }
+    for (; p < n; p++) {
+      activate<T, A>(broadcast(u[p]) * s + h, a, d);
+      value[p] = a[0] * (mask ? mask[p] : T(1));
+      if (slope) slope[p] = d[0] * (mask ? mask[p] : T(1));
+    }
+  });
+}
+
+template <class T>
+void convolve(const FlatPlane& f, const T* from, int64_t from_stride, int64_t channels, const int64_t* taps,
+              int64_t tap_count, const T* weight, int64_t outputs, bool accumulate, T* to, Ahead next) {
+  const int64_t length = f.length(), span = f.span();
+  dispatch_outputs(outputs, [&]<int O>() {
+    Prefetcher ahead(next, span / (positions_per_tile(O) * kLanes<T>) * channels);
+    for_each_tile<T, O>(span, [&]<int V>(int64_t p) {
+      Vec<T> sum[O][V] = {};
+      accumulate_tile<T, O, V>(from + p, from_stride, channels, taps, tap_count, weight, sum, ahead);
+#pragma GCC unroll 6
+      for (int o = 0; o < O; o++)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+          T* out = to + o * length + p + v * kLanes<T>;
+          store(out, accumulate ? load(out) + sum[o][v] : sum[o][v]);
+        }
+    });
+  });
+}
+
+template <class T>
+void convolve_back(const FlatPlane& f, const T* from, int64_t from_stride, int64_t channels, const int64_t* taps,
+                   int64_t tap_count, const T* weight, int64_t outputs, const T* value, const T* slope,
+                   int64_t slope_stride, const T* u, const T* scale, bool accumulate, T* total, double* sums,
+                   Ahead next) {
+  const int64_t length = f.length(), span = f.span();
+  dispatch_outputs(outputs, [&]<int O>() {
+    Prefetcher ahead(next, span / (positions_per_tile(O) * kLanes<T>) * channels);
+    Vec<T> plain[O] = {}, moment[O] = {};
+    for_each_tile<T, O>(span, [&]<int V>(int64_t p) {
+      Vec<T> sum[O][V] = {};
+      accumulate_tile<T, O, V>(from + p, from_stride, channels, taps, tap_count, weight, sum, ahead);
+#pragma GCC unroll 6
+      for (int o = 0; o < O; o++) {
+        const Vec<T> s = broadcast(scale ? scale[o] : T(1));
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) {
+          const int64_t i = o * length + p + v * kLanes<T>;
+          Vec<T> g = sum[o][v];
+          if (slope)
+            g *= load(slope + o * slope_stride + p + v * kLanes<T>);
+          else
+            g = load(value + i) <= Vec<T>{} ? Vec<T>{} : g;
+          const int64_t left = span - p - v * kLanes<T>;  // the pixels after the last one belong to another tile
+          if (left < kLanes<T>) g = first_lanes<T>(g, left);
+          plain[o] += g;
+          moment[o] += g * load(u + i);
+          store(total + i, accumulate ? load(total + i) + g * s : g * s);
+        }
+      }
+    });
+    if (sums)
+      for (int o = 0; o < O; o++) {
+        sums[o] += sum_lanes<T>(plain[o]);
+        sums[kConvGroup + o] += sum_lanes<T>(moment[o]);
+      }
+  });
+}
+
+template <class T>
+void weight_gradient(const FlatPlane& f, const T* value, int64_t channels, const int64_t* taps, int64_t tap_count,
+                     const T* dy, int64_t dy_stride, int64_t outputs, T* gradient, int64_t row) {
+  const int64_t length = f.length(), span = f.span(), streams = channels * tap_count;
+  dispatch_outputs(outputs, [&]<int O>() {
+    const auto pass = [&]<int S>(int64_t first) {
+      const T* x[S];
+      for (int64_t i = 0; i < S; i++) {
+        const int64_t s = first + i < streams ? first + i : streams - 1;
+        x[i] = value + s / tap_count * length + taps[s % tap_count];
+      }
+      Vec<T> sum[S][O] = {};
+      const auto step = [&](int64_t p, auto restrict_lanes) {
+        Vec<T> in[S];
+#pragma GCC unroll 4
+        for (int i = 0; i < S; i++) in[i] = load(x[i] + p);
+#pragma GCC unroll 6
+        for (int o = 0; o < O; o++) {
+          const Vec<T> g = restrict_lanes(load(dy + o * dy_stride + p));
+#pragma GCC unroll 4
+          for (int i = 0; i < S; i++) sum[i][o] += in[i] * g;
+        }
+      };
+      int64_t p = 0;
+      for (; p + kLanes<T> <= span; p += kLanes<T>) step(p, [](Vec<T> g) { return g; });
+      if (p < span) step(p, [&](Vec<T> g) { return first_lanes<T>(g, span - p); });
+      for (int64_t i = 0; i < S && first + i < streams; i++)
+        for (int o = 0; o < O; o++) gradient[(first + i) * row + o] += sum_lanes<T>(sum[i][o]);
+    };
+    int64_t first = 0;
+    for (; first + kStreams / 2 < streams; first += kStreams) pass.template operator()<kStreams>(first);
+    for (; first < streams; first += kStreams / 2) pass.template operator()<kStreams / 2>(first);
+  });
+}
+
+template <class T>
+void store_planes(const Tile& tile, const T* from, int64_t from_stride, int64_t channels, const T* shift,
+                  Planes<T> to) {
+  const FlatPlane& f = tile.flat;
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t size = f.rows * f.width;
+  for (int64_t c = 0; c < channels; c++) {
+    const Vec<T> h = broadcast(shift ? shift[c] : T(0));
+    for (int64_t i = 0; i < f.images; i++) {
+      const T* pixels = from + c * from_stride + i * f.image();
+      T* out = to.data + i * to.image_stride + c * to.channel_stride + tile.row * f.width;
+      for (int64_t y = 0; y < f.rows; y++)
+        for (int64_t x = 0; x < f.width; x += lanes) {
+          const int64_t at = y * f.width + x;
+          const Vec<T> v = load(pixels + y * f.pitch() + x) + h;
+          // A whole vector may run into the next row, which is written later, but not out of the tile.
+          if (at + lanes <= size)
+            store(out + at, v);
+          else
+            store_partial(out + at, v, int(size - at));
+        }
+    }
+  }
+}
+
+template <class T>
+void apply_slope(const FlatPlane& f, int64_t channels, const T* dout, const T* slope, const T* u, T* gradient,
+                 double* sums) {
+  for (int64_t c = 0; c < channels; c++) {
+    Vec<T> plain{}, moment{};
+    for (int64_t p = 0; p < f.span(); p += kLanes<T>) {
+      const int64_t i = c * f.length() + p;
+      const Vec<T> g = first_lanes<T>((load(gradient + i) + load(dout + i)) * load(slope + i), f.span() - p);
+      plain += g;
+      moment += g * load(u + i);
+      store(gradient + i, g);
+    }
+    sums[c] += sum_lanes<T>(plain);
+    sums[channels + c] += sum_lanes<T>(moment);
+  }
+}
+
+template <class T>
+void correct_planes(const Tile& tile, int64_t channels, const T* a, const T* b, const T* c, const T* m,
+                    Planes<const T> x, Planes<const T> dout, T* gradient, int64_t stride, double* sums) {
+  const FlatPlane& f = tile.flat;
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t pitch = f.pitch(), area = tile.height * f.width;
+  const bool last = tile.row + f.rows == tile.height;
+  for (int64_t k = 0; k < channels; k++, gradient += stride) {
+    const Vec<T> ak = broadcast(a[k]), bk = broadcast(b[k]), ck = broadcast(c[k]), mk = broadcast(m[k]);
+    Vec<T> sum{};
+    if (tile.row == 0) zero(gradient - f.origin(), f.origin());
+    for (int64_t i = 0; i < f.images; i++) {
+      T* pixels = gradient + i * f.image();
+      for (int64_t y = 0; y < f.rows; y++) {
+        const int64_t row = (tile.row + y) * f.width;
+        for (int64_t column = 0; column < f.width; column += lanes) {
+          const int64_t at = row + column, readable = area - at, left = f.width - column;
+          const auto read = [&](Planes<const T> p) {
+            const T* from = p.data + i * p.image_stride + k * p.channel_stride + at;
+            return readable >= lanes ? load(from) : load_partial(from, int(readable));
+          };
+          T* to = pixels + y * pitch + column;
+          Vec<T> v = ak * load(to) + ck;
+          if (x.data) v += bk * (read(x) - mk);
+          if (dout.data) v += read(dout);
+          if (left >= lanes) {
+            store(to, v);
+          } else {  // the next row is still to be read
+            v = first_lanes<T>(v, left);
+            store_partial(to, v, int(left));
+          }
+          sum += v;
+        }
+        for (int64_t r = 0; r < f.radius; r++) pixels[y * pitch + f.width + r] = T(0);
+      }
+      if (last) zero(pixels + f.rows * pitch, f.radius * pitch);
+    }
+    if (last) {
+      T* end = gradient + f.span();
+      const FlatPlane whole{f.images, tile.height, f.width, f.radius};
+      zero(end, (gradient - tile.row * pitch - whole.origin() + whole.length()) - end);
+    }
+    if (sums) sums[k] += sum_lanes<T>(sum);
+  }
+}
+
+template <class T>
+void moments(const T* x, int64_t n, double* mean, double* deviations) {
+  constexpr int64_t lanes = kLanes<T>;
+  const auto total = [&](auto term) {
+    Vec<T> s0{}, s1{};
+    int64_t i = 0;
+    for (; i + 2 * lanes <= n; i += 2 * lanes) {
+      s0 += term(load(x + i));
+      s1 += term(load(x + i + lanes));
+    }
+    double sum = sum_lanes<T>(s0 + s1);
+    for (; i < n; i++) sum += term(broadcast(x[i]))[0];
+    return sum;
+  };
+  *mean = n ? total([](Vec<T> v) { return v; }) / n : 0.0;
+  const Vec<T> m = broadcast(T(*mean));
+  *deviations = total([&](Vec<T> v) { return (v - m) * (v - m); });
+}
+
+#define DNL_INSTANTIATE(T)                                                                                             \
+  template void load_planes<T>(const Tile&, Planes<const T>, int64_t, const T*, const T*, Activation, T*);             \
+  template void activate_run<T>(const T*, int64_t, T, T, const T*, Activation, T*, T*);                                \
+  template void convolve<T>(const FlatPlane&, const T*, int64_t, int64_t, const int64_t*, int64_t, const T*, int64_t,  \
+                            bool, T*, Ahead);                                                                              \
+  template void convolve_back<T>(const FlatPlane&, const T*, int64_t, int64_t, const int64_t*, int64_t, const T*,      \
+                                 int64_t, const T*, const T*, int64_t, const T*, const T*, bool, T*, double*, Ahead);  \
+  template void weight_gradient<T>(const FlatPlane&, const T*, int64_t, const int64_t*, int64_t, const T*, int64_t,    \
+                                   int64_t, T*, int64_t);                                                              \
+  template void store_planes<T>(const Tile&, const T*, int64_t, int64_t, const T*, Planes<T>);                         \
+  template void apply_slope<T>(const FlatPlane&, int64_t, const T*, const T*, const T*, T*, double*);                  \
+  template void correct_planes<T>(const Tile&, int64_t, const T*, const T*, const T*, const T*, Planes<const T>,       \
+                                  Planes<const T>, T*, int64_t, double*);                                              \
+  template void moments<T>(const T*, int64_t, double*, double*);
+DNL_INSTANTIATE(float)
+DNL_INSTANTIATE(double)
+
+}  // namespace dnl::DNL_ISA

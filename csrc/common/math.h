@@ -1,0 +1,86 @@
+// Elementary functions on the vectors of vec.h, for every instruction-set level.
+#pragma once
+#include "common/vec.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace dnl::DNL_ISA {
+
+template <class T>
+constexpr bool kIsFloat = sizeof(T) == 4;
+
+// max(a, b), b where either is NaN.
+template <class V>
+DNL_INLINE V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+// Whether a > b in any lane.
+template <class T>
+DNL_INLINE bool any_greater(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (kIsFloat<T>) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+  else return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  if constexpr (kIsFloat<T>) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+  else return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)) != 0;
+#else
+  const auto greater = a > b;
+  bool found = false;
+  for (int i = 0; i < kLanes<T>; i++) found |= greater[i] != 0;
+  return found;
+#endif
+}
+
+// The most negative finite number.
+template <class T>
+DNL_INLINE Vec<T> lowest() {
+  return broadcast(kIsFloat<T> ? T(-__FLT_MAX__) : T(-__DBL_MAX__));
+}
+
+// 2^f on [0, 1), best in the relative sense with value 1 at 0: 1.4e-7 in float (8e-8 without rounding), 3e-18 in double.
+template <class T>
+DNL_INLINE Vec<T> exp2_fraction(Vec<T> f) {
+  constexpr float single[] = {1.8671302e-3f, 9.0170300e-3f, 5.5799913e-2f, 2.4016445e-1f, 6.9315131e-1f, 1.0f};
+  constexpr double twice[] = {6.2634661422960210149e-10, 6.559529322770528367e-9,   1.0253212435721934234e-7,
+                              1.3208367288951140366e-6,  1.5253175055562795993e-5,  1.5403512309628660399e-4,
+                              1.3333558629566755226e-3,  9.6181290995507955717e-3,  5.5504108665602253297e-2,
+                              2.4022650695906330204e-1,  6.9314718055994592842e-1,  1.0};
+  const auto horner = [f](const auto& c) __attribute__((always_inline)) {
+    Vec<T> p = broadcast<T>(c[0]);
+#pragma GCC unroll 12
+    for (unsigned i = 1; i < sizeof(c) / sizeof(c[0]); i++) p = p * f + broadcast<T>(c[i]);
+    return p;
+  };
+  if constexpr (kIsFloat<T>) return horner(single);
+  else return horner(twice);
+}
+
+// 2^x; exactly 0 far below and inf far above the range (results under the smallest normal number may be 0), NaN for NaN.
+template <class T>
+DNL_INLINE Vec<T> exp2(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (kIsFloat<T>) {
+    const __m512 v = (__m512)x, f = _mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    return (Vec<T>)_mm512_maskz_scalef_ps(0xffff, (__m512)exp2_fraction<T>((Vec<T>)f), v);  // scales by 2^floor(v)
+  } else {
+    const __m512d v = (__m512d)x, f = _mm512_reduce_pd(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    return (Vec<T>)_mm512_maskz_scalef_pd(0xff, (__m512d)exp2_fraction<T>((Vec<T>)f), v);
+  }
+#else
+  constexpr int kMantissa = kIsFloat<T> ? 23 : 52;
+  constexpr T kBias = kIsFloat<T> ? 127 : 1023;
+  // Adding 1.5 * 2^mantissa rounds to an integer, which then stands in the lowest bits.
+  constexpr T kRound = T(3) * (T(1) / 2) * T(int64_t(1) << kMantissa);
+  const Vec<T> low = broadcast<T>(1 - kBias), high = broadcast<T>(kBias + 1);
+  const Vec<T> v = x < high ? x : (x == x ? high : x);
+  const Vec<T> n = (v - broadcast<T>(0.5) + broadcast(kRound)) - broadcast(kRound);
+  const auto exponent = __builtin_bit_cast(decltype(v < v), n + broadcast(kBias) + broadcast(kRound)) << kMantissa;
+  const Vec<T> r = exp2_fraction<T>(v - n) * __builtin_bit_cast(Vec<T>, exponent);
+  return v < low ? Vec<T>{} : r;
+#endif
+}
+
+}  // namespace dnl::DNL_ISA

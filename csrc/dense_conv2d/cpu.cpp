@@ -1,0 +1,249 @@
+// dense_conv2d on the CPU: checks -> tiles -> the loops of common/conv.h. Meaning: ops/dense_conv2d/reference.py.
+#include <algorithm>
+
+#include "common/conv_host.h"
+
+namespace dnl {
+namespace {
+
+struct Problem {
+  std::vector<Tensor> states;
+  Tensor weight;
+  std::optional<Tensor> norm_scale, norm_shift;
+  Activation activation;
+  double scale;
+  int64_t batch, height, width, channels, outputs, size, taps;
+  Tiling tiling;
+};
+
+std::optional<Tensor> prepared(const std::optional<Tensor>& t, int64_t length, const char* name) {
+  if (!t.has_value()) return std::nullopt;
+  DNL_CHECK(t->numel() == length, "dense_conv2d: ", name, " has the wrong number of elements");
+  return widened(*t);
+}
+
+Problem prepare(const std::vector<Tensor>& states, const Tensor& weight, const std::optional<Tensor>& norm_scale,
+                const std::optional<Tensor>& norm_shift, const std::string& activation, double scale) {
+  DNL_CHECK(!states.empty() && states[0].dim() == 4 && weight.dim() == 4, "dense_conv2d: states or weight");
+  const Tensor& first = states[0];
+  const int64_t batch = first.size(0), height = first.size(2), width = first.size(3), size = weight.size(2);
+  DNL_CHECK(size % 2 == 1 && weight.size(3) == size, "dense_conv2d: the filter is not square and odd");
+  std::vector<Tensor> dense;
+  int64_t channels = 0;
+  for (const Tensor& x : states) {
+    DNL_CHECK(x.dim() == 4 && x.size(0) == batch && x.size(2) == height && x.size(3) == width &&
+                  x.scalar_type() == weight.scalar_type(),
+              "dense_conv2d: states differ");
+    channels += x.size(1);
+    dense.push_back(with_dense_planes(x));
+  }
+  DNL_CHECK(weight.size(1) == channels, "dense_conv2d: weight has the wrong number of input channels");
+  return {std::move(dense),
+          widened(weight),
+          prepared(norm_scale, channels, "norm_scale"),
+          prepared(norm_shift, channels, "norm_shift"),
+          activation_of(activation),
+          scale,
+          batch,
+          height,
+          width,
+          channels,
+          weight.size(0),
+          size,
+          size * size,
+          Tiling(batch, height, width, size / 2)};
+}
+
+template <class T>
+const T* from_channel(const std::optional<Tensor>& t, int64_t channel) {
+  const T* data = data_or_null<T>(t);
+  return data ? data + channel : nullptr;
+}
+
+template <class T>
+void forward(const Problem& p, const T* bias, Planes<T> y) {
+  std::vector<T> packed(p.outputs * p.channels * p.taps);
+  pack_filters(static_cast<const T*>(p.weight.data_ptr()), p.outputs, p.channels, p.taps, T(p.scale), packed.data());
+  const int64_t length = p.tiling.largest().length(), block = conv_block(p.taps);
+  const int64_t bytes = Scratch::bytes<int64_t>(p.taps) + Scratch::bytes<T>((block + p.outputs) * length);
+  parallel_for(0, p.tiling.count(), 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(bytes);
+    int64_t* taps = scratch.take<int64_t>(p.taps);
+    T* const planes = scratch.take<T>((block + p.outputs) * length);
+    for (int64_t i = begin; i < end; i++) {
+      const Tile tile = p.tiling.tile(i);
+      const FlatPlane& f = tile.flat;
+      tap_offsets(f, false, taps);
+      T *in = planes + f.origin(), *out = in + block * f.length();
+      int64_t channel = 0;
+      for (const Tensor& state : p.states)
+        for (int64_t c = 0; c < state.size(1); c += block) {
+          const int64_t n = std::min(block, state.size(1) - c);
+          DNL_ISA_CALL(load_planes<T>(tile, at(planes_of<const T>(state), tile.image, c), n,
+                                      from_channel<T>(p.norm_scale, channel), from_channel<T>(p.norm_shift, channel),
+                                      p.activation, in));
+          for_each_group(p.outputs, [&](int64_t o, int64_t outputs) {
+            const T* w = packed.data() + (o * p.channels + channel * outputs) * p.taps;
+            DNL_ISA_CALL(convolve<T>(f, in, f.length(), n, taps, p.taps, w, outputs, channel > 0, out + o * f.length(),
+                                     Ahead{}));
+          });
+          channel += n;
+        }
+      if (channel == 0) std::fill(out - f.origin(), out - f.origin() + p.outputs * f.length(), T(0));
+      DNL_ISA_CALL(store_planes<T>(tile, out, f.length(), p.outputs, bias, at(y, tile.image, 0)));
+    }
+  });
+}
+
+// What a backward pass is asked for; null pointers where it is not.
+template <class T>
+struct Gradients {
+  std::vector<Planes<T>> states;
+  T *weight, *bias, *norm_scale, *norm_shift;
+};
+
+template <class T>
+void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
+  const int64_t tiles = p.tiling.count(), filters = p.channels * p.taps * p.outputs;
+  // Few partial sums where each is large.
+  const int64_t affordable = std::max<int64_t>(1, (int64_t(1) << 24) / std::max<int64_t>(1, filters));
+  const int64_t chunks = std::min(std::min(tiles, kConvChunks), affordable);
+  const bool pull = !g.states.empty() || g.norm_scale || g.norm_shift;
+  std::vector<T> packed(pull ? filters : 0), partial(g.weight ? chunks * filters : 0);
+  const int64_t row = 2 * p.channels + p.outputs;  // sums of v and v * x for each channel, of dy for each output
+  std::vector<double> sums(chunks * row);
+  for (int64_t c = 0, s = 0; pull && s < int64_t(p.states.size()); c += p.states[s++].size(1))
+    pack_transposed(static_cast<const T*>(p.weight.data_ptr()), p.outputs, p.channels, p.taps, T(p.scale), c,
+                    c + p.states[s].size(1), packed.data() + c * p.outputs * p.taps);
+
+  const int64_t length = p.tiling.largest().length(), planes = p.outputs + 4 * kConvGroup + 1;
+  const int64_t bytes = 2 * Scratch::bytes<int64_t>(p.taps) + Scratch::bytes<T>(planes * length);
+  parallel_chunks(chunks, tiles, [&](int64_t chunk, int64_t begin, int64_t end) {
+    Scratch scratch(bytes);
+    int64_t *taps = scratch.take<int64_t>(p.taps), *mirrored = scratch.take<int64_t>(p.taps);
+    T* const base = scratch.take<T>(planes * length);
+    double* const sum = sums.data() + chunk * row;
+    T* const dweight = partial.data() + chunk * filters;
+    for (int64_t i = begin; i < end; i++) {
+      const Tile tile = p.tiling.tile(i);
+      const FlatPlane& f = tile.flat;
+      tap_offsets(f, false, taps);
+      tap_offsets(f, true, mirrored);
+      T* mask = base + f.origin();
+      T *u = mask + f.length(), *value = u + kConvGroup * f.length(), *slope = value + kConvGroup * f.length();
+      T *total = slope + kConvGroup * f.length(), *grad = total + kConvGroup * f.length();
+      fill_mask(tile, mask);
+      const Planes<const T> dy_tile = at(dy, tile.image, 0);
+      DNL_ISA_CALL(load_planes<T>(tile, dy_tile, p.outputs, static_cast<const T*>(nullptr),
+                                  static_cast<const T*>(nullptr), Activation::identity, grad));
+      for (int64_t o = 0; g.bias && o < p.outputs; o++)
+        for (int64_t b = 0; b < f.images; b++) {
+          const int64_t pixels = f.rows * f.width;
+          double mean, deviations;
+          DNL_ISA_CALL(moments<T>(at(dy_tile, b, o).data + tile.row * f.width, pixels, &mean, &deviations));
+          sum[2 * p.channels + o] += mean * pixels;
+        }
+      int64_t channel = 0;
+      for (size_t s = 0; s < p.states.size(); channel += p.states[s++].size(1))
+        for_each_group(p.states[s].size(1), [&](int64_t c, int64_t n) {
+          const int64_t at_channel = channel + c;
+          const T* a = from_channel<T>(p.norm_scale, at_channel);
+          DNL_ISA_CALL(load_planes<T>(tile, at(planes_of<const T>(p.states[s]), tile.image, c), n,
+                                      static_cast<const T*>(nullptr), static_cast<const T*>(nullptr),
+                                      Activation::identity, u));
+          activate_tile(f, u, n, a, from_channel<T>(p.norm_shift, at_channel), mask, p.activation, value, slope);
+          if (pull) {
+            double moment[2 * kConvGroup] = {};
+            DNL_ISA_CALL(convolve_back<T>(f, grad, f.length(), p.outputs, mirrored, p.taps,
+                                          packed.data() + at_channel * p.outputs * p.taps, n, value, slope, f.length(),
+                                          u, a, false, total, moment, Ahead{}));
+            for (int64_t k = 0; k < n; k++) {
+              sum[2 * (at_channel + k)] += moment[k];
+              sum[2 * (at_channel + k) + 1] += moment[kConvGroup + k];
+            }
+            if (!g.states.empty())
+              DNL_ISA_CALL(store_planes<T>(tile, total, f.length(), n, static_cast<const T*>(nullptr),
+                                           at(g.states[s], tile.image, c)));
+          }
+          if (g.weight)
+            for_each_group(p.outputs, [&](int64_t o, int64_t outputs) {
+              DNL_ISA_CALL(weight_gradient<T>(f, value, n, taps, p.taps, grad + o * f.length(), f.length(), outputs,
+                                              dweight + at_channel * p.taps * p.outputs + o, p.outputs));
+            });
+        });
+    }
+  });
+
+  const auto total = [&](int64_t i) {
+    double s = 0;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) s += sums[chunk * row + i];
+    return static_cast<T>(s);
+  };
+  for (int64_t c = 0; c < p.channels; c++) {
+    if (g.norm_shift) g.norm_shift[c] = total(2 * c);
+    if (g.norm_scale) g.norm_scale[c] = total(2 * c + 1);
+  }
+  for (int64_t o = 0; g.bias && o < p.outputs; o++) g.bias[o] = total(2 * p.channels + o);
+  for (int64_t s = 0; g.weight && s < p.channels * p.taps; s++)
+    for (int64_t o = 0; o < p.outputs; o++) {
+      double w = 0;
+      for (int64_t chunk = 0; chunk < chunks; chunk++) w += partial[chunk * filters + s * p.outputs + o];
+      g.weight[o * p.channels * p.taps + s] = static_cast<T>(w * p.scale);
+    }
+}
+
+Tensor dense_conv2d_fwd(const std::vector<Tensor>& states, const Tensor& weight, const std::optional<Tensor>& bias_in,
+                        const std::optional<Tensor>& norm_scale, const std::optional<Tensor>& norm_shift,
+                        const std::string& activation, double scale) {
+  const Problem p = prepare(states, weight, norm_scale, norm_shift, activation, scale);
+  const auto bias = prepared(bias_in, p.outputs, "bias");
+  Tensor y = torch::stable::new_empty(p.weight, {p.batch, p.outputs, p.height, p.width});
+  dispatch_float("dense_conv2d", y.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    forward<T>(p, data_or_null<T>(bias), planes_of<T>(y));
+  });
+  return narrowed(y, weight.scalar_type());
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> dense_conv2d_bwd(
+    const Tensor& dy_in, const std::vector<Tensor>& states, const Tensor& weight,
+    const std::optional<Tensor>& norm_scale, const std::optional<Tensor>& norm_shift, const std::string& activation,
+    double scale, bool need_states, bool need_weight, bool need_bias, bool need_norm) {
+  const Problem p = prepare(states, weight, norm_scale, norm_shift, activation, scale);
+  DNL_CHECK(dy_in.dim() == 4 && dy_in.size(0) == p.batch && dy_in.size(1) == p.outputs && dy_in.size(2) == p.height &&
+                dy_in.size(3) == p.width,
+            "dense_conv2d: dy has the wrong shape");
+  const Tensor dy = with_dense_planes(dy_in);
+  std::vector<Tensor> dstates;
+  for (size_t s = 0; need_states && s < p.states.size(); s++)
+    dstates.push_back(torch::stable::new_empty(p.weight, {p.batch, p.states[s].size(1), p.height, p.width}));
+  const auto empty = [&](bool wanted, std::vector<int64_t> sizes) {
+    if (!wanted) sizes[0] = 0;
+    return torch::stable::new_empty(p.weight, {sizes.data(), sizes.size()});
+  };
+  Tensor dweight = empty(need_weight, {p.outputs, p.channels, p.size, p.size}), dbias = empty(need_bias, {p.outputs});
+  Tensor dscale = empty(need_norm && norm_scale.has_value(), {p.channels});
+  Tensor dshift = empty(need_norm && norm_shift.has_value(), {p.channels});
+  dispatch_float("dense_conv2d", p.weight.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto pointer = [](Tensor& t, bool wanted) { return wanted ? static_cast<T*>(t.data_ptr()) : nullptr; };
+    Gradients<T> g{{},
+                   pointer(dweight, need_weight),
+                   pointer(dbias, need_bias),
+                   pointer(dscale, need_norm && norm_scale.has_value()),
+                   pointer(dshift, need_norm && norm_shift.has_value())};
+    for (Tensor& d : dstates) g.states.push_back(planes_of<T>(d));
+    backward<T>(p, planes_of<const T>(dy), g);
+  });
+  const ScalarType type = weight.scalar_type();
+  for (Tensor& d : dstates) d = narrowed(d, type);
+  return {dstates, narrowed(dweight, type), narrowed(dbias, type), narrowed(dscale, type), narrowed(dshift, type)};
+}
+
+}  // namespace
+}  // namespace dnl
+
+STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
+  m.impl("dense_conv2d_fwd", TORCH_BOX(&dnl::dense_conv2d_fwd));
+  m.impl("dense_conv2d_bwd", TORCH_BOX(&dnl::dense_conv2d_bwd));
+}

@@ -1,0 +1,108 @@
+// dense_sum on the CPU: checks -> params -> parallel loops. Meaning: dnl_kernels/ops/dense_sum/reference.py.
+#include "common/torch.h"
+#include "dense_sum/params.h"
+
+namespace dnl {
+namespace {
+
+constexpr int64_t kGrain = 16384;    // elements per task of the forward
+constexpr int64_t kChunks = 64;      // weight-gradient partial sums: fixed, so that results do not depend on threads
+
+// Contiguous copies where needed, and the sizes [outer, channels, inner] that the kernels see.
+struct Prepared {
+  std::vector<Tensor> tensors;
+  std::vector<const void*> pointers;
+  Tensor weight;
+  DenseSumParams params;
+};
+
+Prepared prepare(const std::vector<Tensor>& states, const Tensor& weight, int64_t channel_dim) {
+  DNL_CHECK(!states.empty(), "dense_sum: states is empty");
+  const Tensor& first = states[0];
+  Prepared r{{}, {}, widened(weight), {}};
+  for (const Tensor& state : states) {
+    DNL_CHECK(same_sizes(state, first) && state.scalar_type() == first.scalar_type(), "dense_sum: states differ");
+    r.tensors.push_back(widened(state));
+    r.pointers.push_back(r.tensors.back().data_ptr());
+  }
+  DNL_CHECK(weight.scalar_type() == first.scalar_type(), "dense_sum: weight's element type differs");
+  const int64_t count = states.size();
+  DenseSumParams& p = r.params;
+  p.states = r.pointers.data();
+  p.weight = r.weight.data_ptr();
+  p.count = count;
+  p.outer = p.inner = p.channels = 1;
+  if (weight.dim() == 2) {
+    DNL_CHECK(channel_dim >= 0 && channel_dim < first.dim(), "dense_sum: channel_dim out of range");
+    for (int64_t d = 0; d < channel_dim; d++) p.outer *= first.size(d);
+    for (int64_t d = channel_dim + 1; d < first.dim(); d++) p.inner *= first.size(d);
+    p.channels = first.size(channel_dim);
+  } else {
+    p.inner = first.numel();
+  }
+  DNL_CHECK(weight.numel() == count * p.channels, "dense_sum: weight has the wrong number of elements");
+  return r;
+}
+
+Tensor dense_sum_fwd(const std::vector<Tensor>& states, const Tensor& weight, int64_t channel_dim) {
+  Prepared in = prepare(states, weight, channel_dim);
+  Tensor y = torch::stable::empty_like(in.tensors[0]);
+  dispatch_float("dense_sum", y.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    T* out = static_cast<T*>(y.data_ptr());
+    parallel_for(0, y.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      DNL_ISA_CALL(dense_sum_fwd<T>(in.params, out, begin, end));
+    });
+  });
+  return narrowed(y, states[0].scalar_type());
+}
+
+std::tuple<std::vector<Tensor>, Tensor> dense_sum_bwd(const Tensor& dy_in, const std::vector<Tensor>& states,
+                                                      const Tensor& weight, int64_t channel_dim, bool need_states,
+                                                      bool need_weight) {
+  Prepared in = prepare(states, weight, channel_dim);
+  DNL_CHECK(same_sizes(dy_in, states[0]), "dense_sum: dy differs from the states in size");
+  Tensor dy = widened(dy_in);
+  std::vector<Tensor> dstates;
+  for (size_t j = 0; need_states && j < states.size(); j++) dstates.push_back(torch::stable::empty_like(dy));
+  Tensor dweight = torch::stable::new_zeros(in.weight, {need_weight ? in.params.count : 0, in.params.channels});
+  dispatch_float("dense_sum", dy.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* grad = static_cast<const T*>(dy.data_ptr());
+    const int64_t n = dy.numel(), rows = in.params.count * in.params.channels;
+    if (need_states) {
+      std::vector<T*> out;
+      for (Tensor& d : dstates) out.push_back(static_cast<T*>(d.data_ptr()));
+      parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+        DNL_ISA_CALL(dense_sum_bwd_states<T>(in.params, grad, out.data(), begin, end));
+      });
+    }
+    if (need_weight) {
+      const int64_t chunk = (n + kChunks - 1) / kChunks;
+      std::vector<T> partial(rows * kChunks, T(0));
+      parallel_for(0, kChunks, 1, [&](int64_t first, int64_t last) {
+        for (int64_t c = first; c < last; c++) {
+          const int64_t begin = c * chunk, end = begin + chunk < n ? begin + chunk : n;
+          if (begin < end) DNL_ISA_CALL(dense_sum_bwd_weight<T>(in.params, grad, &partial[c * rows], begin, end));
+        }
+      });
+      T* out = static_cast<T*>(dweight.data_ptr());
+      for (int64_t r = 0; r < rows; r++) {
+        double sum = 0;
+        for (int64_t c = 0; c < kChunks; c++) sum += partial[c * rows + r];
+        out[r] = static_cast<T>(sum);
+      }
+    }
+  });
+  if (weight.dim() == 1) dweight = torch::stable::flatten(dweight);
+  for (Tensor& d : dstates) d = narrowed(d, weight.scalar_type());
+  return {dstates, narrowed(dweight, weight.scalar_type())};
+}
+
+}  // namespace
+}  // namespace dnl
+
+STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
+  m.impl("dense_sum_fwd", TORCH_BOX(&dnl::dense_sum_fwd));
+  m.impl("dense_sum_bwd", TORCH_BOX(&dnl::dense_sum_bwd));
+}

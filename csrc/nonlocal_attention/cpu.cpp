@@ -1,0 +1,201 @@
+// nonlocal_attention on the CPU: checks -> params -> parallel loops. Meaning: ops/nonlocal_attention/reference.py.
+#include "common/torch.h"
+#include "nonlocal_attention/params.h"
+
+namespace dnl {
+namespace {
+
+constexpr int64_t kTasks = 8;         // of a backward at least, so that one sample with one head uses several cores:
+constexpr int64_t kLeastPart = 256;   // fixed numbers, so that results do not depend on threads
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Storage storage_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Storage::float32;
+    case ScalarType::Double: return Storage::float64;
+    case ScalarType::BFloat16: return Storage::bfloat16;
+    case ScalarType::Half: return Storage::float16;
+    default: DNL_CHECK(false, "nonlocal_attention: element type must be float64, float32, bfloat16 or float16");
+  }
+}
+
+ScalarType compute_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// [batch, heads, positions, features] whatever the layout.
+NonlocalTensor view(const Tensor& t, bool channels_first) {
+  const int position = channels_first ? 3 : 2, feature = channels_first ? 2 : 3;
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(position), t.stride(feature)};
+}
+
+struct Prepared {
+  NonlocalParams params{};
+  Tensor bandwidth, key_mask, centre, radius, shift, sum;
+  std::vector<int64_t> key_count, key_index;
+};
+
+Tensor empty(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+Tensor with_positions(const Tensor& like, int64_t positions, int64_t features, bool channels_first) {
+  const int64_t B = like.size(0), h = like.size(1);
+  if (channels_first) return empty(like, {B, h, features, positions}, like.scalar_type());
+  return empty(like, {B, h, positions, features}, like.scalar_type());
+}
+
+void index_keys(Prepared& r, const Tensor& mask) {
+  NonlocalParams& p = r.params;
+  DNL_CHECK(mask.dim() == 2 && mask.size(0) == p.batch && mask.size(1) == p.keys && mask.scalar_type() == ScalarType::Bool,
+            "nonlocal_attention: key_mask must be bool [B, M]");
+  r.key_mask = torch::stable::contiguous(mask);
+  const bool* allowed = static_cast<const bool*>(r.key_mask.const_data_ptr());
+  r.key_count.assign(p.batch, 0);
+  r.key_index.resize(p.batch * p.keys);
+  for (int64_t b = 0; b < p.batch; b++)
+    for (int64_t j = 0; j < p.keys; j++)
+      if (allowed[b * p.keys + j]) r.key_index[b * p.keys + r.key_count[b]++] = j;
+  p.key_count = r.key_count.data();
+  p.key_index = r.key_index.data();
+}
+
+template <class T>
+int64_t count_tiles(const NonlocalParams& p) {
+  int64_t tile = 1;
+  DNL_ISA_CALL(nonlocal_tile<T>(&tile));
+  return p.batch * p.heads * ceil_div(p.queries, tile);
+}
+
+Prepared prepare(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bandwidth,
+                 const std::optional<Tensor>& key_mask, double scale, bool normalize, bool causal, bool channels_first) {
+  Prepared r;
+  NonlocalParams& p = r.params;
+  const ScalarType type = query.scalar_type();
+  const int position = channels_first ? 3 : 2, feature = channels_first ? 2 : 3;
+  for (const Tensor* t : {&query, &key, &value})
+    DNL_CHECK(t->dim() == 4 && t->size(0) == query.size(0) && t->size(1) == query.size(1) && t->scalar_type() == type,
+              "nonlocal_attention: query, key and value differ");
+  p.batch = query.size(0);
+  p.heads = query.size(1);
+  p.queries = query.size(position);
+  p.keys = key.size(position);
+  p.width = query.size(feature);
+  p.value_width = value.size(feature);
+  DNL_CHECK(key.size(feature) == p.width && value.size(position) == p.keys, "nonlocal_attention: sizes do not match");
+  p.storage = storage_of(type);
+  p.query = view(query, channels_first);
+  p.key = view(key, channels_first);
+  p.value = view(value, channels_first);
+  p.scale = scale;
+  p.normalize = normalize;
+  p.causal = causal;
+  if (bandwidth) {
+    DNL_CHECK(bandwidth->dim() == 1 && bandwidth->size(0) == p.heads, "nonlocal_attention: bandwidth must be [h]");
+    r.bandwidth = torch::stable::contiguous(torch::stable::to(*bandwidth, ScalarType::Double));
+    p.bandwidth = static_cast<const double*>(r.bandwidth.const_data_ptr());
+  }
+  if (key_mask) index_keys(r, *key_mask);
+  const ScalarType compute = compute_type(query);
+  r.centre = empty(query, {p.batch, p.heads, p.width}, compute);
+  r.radius = empty(query, {p.batch, p.heads}, compute);
+  p.centre = r.centre.data_ptr();
+  p.radius = r.radius.data_ptr();
+  dispatch_float("nonlocal_attention", compute, [&](auto zero) {
+    using T = decltype(zero);
+    parallel_for(0, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
+      DNL_ISA_CALL(nonlocal_prepare<T>(p, begin, end));
+    });
+  });
+  return r;
+}
+
+std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                          const std::optional<Tensor>& bandwidth,
+                                                          const std::optional<Tensor>& key_mask, double scale,
+                                                          bool normalize, bool causal, bool channels_first) {
+  Prepared in = prepare(query, key, value, bandwidth, key_mask, scale, normalize, causal, channels_first);
+  NonlocalParams& p = in.params;
+  const ScalarType compute = compute_type(query);
+  Tensor output = with_positions(query, p.queries, p.value_width, channels_first);
+  Tensor shift = empty(query, {p.batch, p.heads, p.queries}, compute);
+  Tensor sum = empty(query, {p.batch, p.heads, p.queries}, compute);
+  p.output = view(output, channels_first);
+  p.shift = shift.data_ptr();
+  p.sum = sum.data_ptr();
+  dispatch_float("nonlocal_attention", compute, [&](auto zero) {
+    using T = decltype(zero);
+    parallel_for(0, count_tiles<T>(p), 1, [&](int64_t begin, int64_t end) {
+      DNL_ISA_CALL(nonlocal_fwd<T>(p, begin, end));
+    });
+  });
+  return {output, shift, sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
+    const Tensor& doutput, const Tensor& query, const Tensor& key, const Tensor& value,
+    const std::optional<Tensor>& bandwidth, const std::optional<Tensor>& key_mask, const Tensor& output,
+    const Tensor& shift, const Tensor& sum, double scale, bool normalize, bool causal, bool channels_first,
+    bool need_bandwidth) {
+  Prepared in = prepare(query, key, value, bandwidth, key_mask, scale, normalize, causal, channels_first);
+  NonlocalParams& p = in.params;
+  const ScalarType compute = compute_type(query);
+  const std::vector<int64_t> rows{p.batch, p.heads, p.queries};
+  DNL_CHECK(same_sizes(doutput, output) && doutput.scalar_type() == query.scalar_type() &&
+                output.scalar_type() == query.scalar_type() && doutput.dim() == 4 &&
+                doutput.size(0) == p.batch && doutput.size(1) == p.heads &&
+                doutput.size(channels_first ? 3 : 2) == p.queries && doutput.size(channels_first ? 2 : 3) == p.value_width,
+            "nonlocal_attention: doutput or output differ from what the forward returned");
+  for (const Tensor* t : {&shift, &sum})
+    DNL_CHECK(t->dim() == 3 && t->numel() == p.batch * p.heads * p.queries && t->scalar_type() == compute &&
+                  t->is_contiguous(),
+              "nonlocal_attention: shift or sum differ from what the forward returned");
+  Tensor dquery = with_positions(query, p.queries, p.width, channels_first);
+  Tensor dkey = with_positions(query, p.keys, p.width, channels_first);
+  Tensor dvalue = with_positions(query, p.keys, p.value_width, channels_first);
+  if (key_mask) {  // masked keys are never visited
+    torch::stable::zero_(dkey);
+    torch::stable::zero_(dvalue);
+  }
+  p.output = view(output, channels_first);
+  p.doutput = view(doutput, channels_first);
+  p.dquery = view(dquery, channels_first);
+  p.dkey = view(dkey, channels_first);
+  p.dvalue = view(dvalue, channels_first);
+  p.shift = const_cast<void*>(shift.const_data_ptr());
+  p.sum = const_cast<void*>(sum.const_data_ptr());
+  const int64_t samples = p.batch * p.heads;
+  const int64_t wanted = samples == 0 ? 1 : ceil_div(kTasks, samples);
+  p.part_keys = std::max<int64_t>(ceil_div(ceil_div(p.keys, wanted), 8) * 8, kLeastPart);
+  p.parts = std::max<int64_t>(ceil_div(p.keys, p.part_keys), 1);
+  std::vector<double> moments(need_bandwidth ? p.parts * samples : 0);
+  p.dbandwidth = need_bandwidth ? moments.data() : nullptr;
+  Tensor parts = empty(query, {p.parts > 1 ? p.parts * samples * p.queries * p.width : 0}, compute);
+  p.dquery_parts = parts.data_ptr();
+  dispatch_float("nonlocal_attention", compute, [&](auto zero) {
+    using T = decltype(zero);
+    parallel_for(0, samples * p.parts, 1, [&](int64_t begin, int64_t end) {
+      DNL_ISA_CALL(nonlocal_bwd<T>(p, begin, end));
+    });
+    if (p.parts > 1)
+      parallel_for(0, count_tiles<T>(p), 1, [&](int64_t begin, int64_t end) {
+        DNL_ISA_CALL(nonlocal_sum_parts<T>(p, begin, end));
+      });
+  });
+  Tensor dbandwidth = empty(query, {need_bandwidth ? p.heads : 0}, ScalarType::Double);
+  double* out = static_cast<double*>(dbandwidth.data_ptr());
+  for (int64_t h = 0; need_bandwidth && h < p.heads; h++) {
+    out[h] = 0;
+    for (size_t i = h; i < moments.size(); i += p.heads) out[h] += moments[i];
+  }
+  return {dquery, dkey, dvalue, narrowed(dbandwidth, compute)};
+}
+
+}  // namespace
+}  // namespace dnl
+
+STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
+  m.impl("nonlocal_attention_fwd", TORCH_BOX(&dnl::nonlocal_attention_fwd));
+  m.impl("nonlocal_attention_bwd", TORCH_BOX(&dnl::nonlocal_attention_bwd));
+}

@@ -1,0 +1,293 @@
+// Backward of nonlocal_attention in one pass over the tiles, five products for each pair: weights and their gradients
+// are formed with lanes over queries (which gives dq), stored for one group of keys, and multiplied with the queries' and
+// doutput's rows with lanes over features (which gives dk and dv). Weights are recomputed from the rows' shift and sum.
+#include "nonlocal_attention/tiles.h"
+
+namespace dnl::DNL_ISA {
+namespace {
+
+template <class T>
+using HalfVec = typename VecOf<T, DNL_VECTOR_BYTES / 2>::type;
+// Rows with lanes over features are padded to half a vector.
+template <class T>
+DNL_INLINE int64_t padded_width(int64_t width) {
+  return round_up(width, kLanes<T> / 2);
+}
+
+// out[u][f...] += sum_{first <= i < last} s[u][i] * rows[i][f...] for kRows keys and kCount vectors of features.
+template <class V, int kRows, int kCount, class T>
+DNL_INLINE void rank_update_columns(T* out, const T* s, const T* rows, int64_t width, int64_t first, int64_t last) {
+  constexpr int kL = sizeof(V) / sizeof(T);
+  V sum[kRows][kCount];
+#pragma GCC unroll 8
+  for (int u = 0; u < kRows; u++)
+#pragma GCC unroll 2
+    for (int c = 0; c < kCount; c++) memcpy(&sum[u][c], out + u * width + c * kL, sizeof(V));
+  for (int64_t i = first; i < last; i++) {
+    V r[kCount];
+#pragma GCC unroll 2
+    for (int c = 0; c < kCount; c++) memcpy(&r[c], rows + i * width + c * kL, sizeof(V));
+#pragma GCC unroll 8
+    for (int u = 0; u < kRows; u++) {
+      const V x = s[u * kQueries<T> + i] - V{};
+#pragma GCC unroll 2
+      for (int c = 0; c < kCount; c++) sum[u][c] += x * r[c];
+    }
+  }
+#pragma GCC unroll 8
+  for (int u = 0; u < kRows; u++)
+#pragma GCC unroll 2
+    for (int c = 0; c < kCount; c++) memcpy(out + u * width + c * kL, &sum[u][c], sizeof(V));
+}
+
+template <int kRows, class T>
+void rank_update(T* out, const T* s, const T* rows, int64_t width, int64_t first, int64_t last) {
+  constexpr int kL = kLanes<T>;
+  int64_t f = 0;
+  for (; f + 2 * kL <= width; f += 2 * kL) rank_update_columns<Vec<T>, kRows, 2>(out + f, s, rows + f, width, first, last);
+  if (f + kL <= width) {
+    rank_update_columns<Vec<T>, kRows, 1>(out + f, s, rows + f, width, first, last);
+    f += kL;
+  }
+  if (f < width) rank_update_columns<HalfVec<T>, kRows, 1>(out + f, s, rows + f, width, first, last);
+}
+
+// What one thread works with: packed keys of its part, the tile's queries and doutput both ways, and the gradients.
+template <class T>
+struct Workspace {
+  int64_t D, E, Dp, Ep, padded;
+  Buffer<T> keys, values, bias, dk, dv, column;              // of the part; column: [padded][lanes] sums of delta
+  Buffer<T> q, g, o, dq, q_rows, g_rows, weight, delta, score;  // of the tile; the last three of a group [kKeys][kQueries]
+
+  Workspace(const NonlocalParams& p)
+      : D(p.width), E(p.value_width), Dp(padded_width<T>(D)), Ep(padded_width<T>(E)),
+        padded(round_up(p.part_keys, kKeys)), keys(padded * D), values(padded * E), bias(padded), dk(padded * Dp),
+        dv(padded * Ep), column(padded * kLanes<T>), q(D * kQueries<T>), g(E * kQueries<T>), o(E * kQueries<T>),
+        dq(D * kQueries<T>), q_rows(Dp * kQueries<T>), g_rows(Ep * kQueries<T>), weight(kKeys * kQueries<T>),
+        delta(kKeys * kQueries<T>), score(kKeys * kQueries<T>) {}
+};
+
+template <class T>
+struct Tile {
+  Pair<T> shift;   // of the exponents
+  Pair<T> drift;   // sum_j w_ij (doutput_i . v_j), times 1 / sum_i as doutput is
+  Pair<T> row;     // sum_j delta_ij
+  Pair<T> moment;  // sum_j delta_ij s_ij
+  int64_t count;
+};
+
+template <Score kScore, bool kMasked, bool kMoment, class T>
+DNL_INLINE void add_group(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, int64_t j) {
+  constexpr int kL = kLanes<T>, kQ = kQueries<T>;
+  const T *k = w.keys + j * w.D, *v = w.values + j * w.E;
+  Scores<T> s;
+  form_scores<kScore, T>(s, w.q, k, w.bias + j, w.D);
+#pragma GCC unroll 8
+  for (int u = 0; u < kKeys; u++) {
+    s.at[u][0] -= t.shift.a;
+    s.at[u][1] -= t.shift.b;
+    if constexpr (kMoment) {
+      store(w.score + u * kQ, maximum(s.at[u][0], lowest<T>()));  // finite: 0 * lowest is 0
+      store(w.score + u * kQ + kL, maximum(s.at[u][1], lowest<T>()));
+    }
+    s.at[u][0] = exp2<T>(s.at[u][0]);
+    s.at[u][1] = exp2<T>(s.at[u][1]);
+    store(w.weight + u * kQ, s.at[u][0]);
+    store(w.weight + u * kQ + kL, s.at[u][1]);
+  }
+  form_scores<Score::dot, T>(s, w.g, v, w.bias, w.E);
+#pragma GCC unroll 8
+  for (int u = 0; u < kKeys; u++) {
+    s.at[u][0] = (s.at[u][0] - t.drift.a) * load(w.weight + u * kQ);
+    s.at[u][1] = (s.at[u][1] - t.drift.b) * load(w.weight + u * kQ + kL);
+    if constexpr (kMasked) {
+      s.at[u][0] = limit.allowed(j, u, 0) ? s.at[u][0] : Vec<T>{};
+      s.at[u][1] = limit.allowed(j, u, 1) ? s.at[u][1] : Vec<T>{};
+    }
+    store(w.delta + u * kQ, s.at[u][0]);
+    store(w.delta + u * kQ + kL, s.at[u][1]);
+    if constexpr (kScore != Score::dot) {
+      T* column = w.column + (j + u) * kL;
+      store(column, load(column) + (s.at[u][0] + s.at[u][1]));
+      t.row.a += s.at[u][0];
+      t.row.b += s.at[u][1];
+    }
+    if constexpr (kMoment) {
+      const Vec<T> ma = s.at[u][0] * load(w.score + u * kQ), mb = s.at[u][1] * load(w.score + u * kQ + kL);
+      t.moment.a += kMasked ? (limit.allowed(j, u, 0) ? ma : Vec<T>{}) : ma;
+      t.moment.b += kMasked ? (limit.allowed(j, u, 1) ? mb : Vec<T>{}) : mb;
+    }
+  }
+  accumulate<kMasked, T>(w.dq, k, w.D, s, limit, j);
+  T *dk = w.dk + j * w.Dp, *dv = w.dv + j * w.Ep;
+  if constexpr (!kMasked) {
+    rank_update<kKeys, T>(dv, w.weight, w.g_rows, w.Ep, 0, t.count);
+    rank_update<kKeys, T>(dk, w.delta, w.q_rows, w.Dp, 0, t.count);
+  } else {
+    for (int u = 0; u < kKeys; u++) {
+      int64_t i = 0;  // limits grow with the query: the first one that sees the key
+      while (i < t.count && limit.of[i] <= T(j + u)) i++;
+      rank_update<1, T>(dv + u * w.Ep, w.weight + u * kQ, w.g_rows, w.Ep, i, t.count);
+      rank_update<1, T>(dk + u * w.Dp, w.delta + u * kQ, w.q_rows, w.Dp, i, t.count);
+    }
+  }
+}
+
+template <Score kScore, bool kMoment, class T>
+void add_groups(Workspace<T>& w, Tile<T>& tile, const Limits<T>& limit) {
+  Tile<T> t = tile;
+  int64_t j = 0;
+  for (; j + kKeys <= limit.least; j += kKeys) add_group<kScore, false, kMoment>(w, t, limit, j);
+  for (; j < limit.most; j += kKeys) add_group<kScore, true, kMoment>(w, t, limit, j);
+  tile = t;
+}
+
+// rows[i][f] = lanes[f][i], padded with zeros.
+template <class T>
+void lanes_to_rows(const T* lanes, int64_t width, int64_t padded, int64_t count, T* rows) {
+  transpose_block<false, T>(lanes, kQueries<T>, width, count, rows, padded);
+  for (int64_t i = 0; i < count && width < padded; i++)
+    for (int64_t f = width; f < padded; f++) rows[i * padded + f] = 0;
+}
+
+// Packs a tile: queries, doutput over the row's sum, and the drift.
+template <class T>
+Tile<T> pack_tile(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale, const T* centre, int64_t b,
+                  int64_t h, int64_t first, int64_t count) {
+  constexpr int kL = kLanes<T>, kQ = kQueries<T>;
+  const int64_t row = (b * p.heads + h) * p.queries + first;
+  alignas(64) T shift[kQ] = {}, inverse[kQ] = {}, drift[kQ] = {};
+  read_lanes<T>(p, p.query, b, h, nullptr, first, count, w.D, w.q);
+  finish_queries<T>(scale, centre, count, w.D, w.q);
+  read_lanes<T>(p, p.doutput, b, h, nullptr, first, count, w.E, w.g);
+  for (int64_t i = 0; i < count; i++) {
+    const T sum = static_cast<const T*>(p.sum)[row + i];
+    shift[i] = static_cast<const T*>(p.shift)[row + i];
+    inverse[i] = sum == 0 ? T(0) : 1 / sum;
+  }
+  for (int64_t e = 0; e < w.E; e++)
+    for (int64_t i = 0; i < kQ; i++) w.g[e * kQ + i] *= inverse[i];
+  if (p.normalize) {
+    read_lanes<T>(p, p.output, b, h, nullptr, first, count, w.E, w.o);
+    for (int64_t e = 0; e < w.E; e++)
+      for (int64_t i = 0; i < kQ; i++) drift[i] += w.g[e * kQ + i] * w.o[e * kQ + i];
+  }
+  lanes_to_rows<T>(w.q, w.D, w.Dp, count, w.q_rows);
+  lanes_to_rows<T>(w.g, w.E, w.Ep, count, w.g_rows);
+  memset(w.dq, 0, w.D * kQ * sizeof(T));
+  Tile<T> tile{};
+  tile.shift = {load(shift), load(shift + kL)};
+  tile.drift = {load(drift), load(drift + kL)};
+  tile.count = count;
+  return tile;
+}
+
+template <class T>
+void write_dquery(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale, const Tile<T>& tile, int64_t part,
+                  int64_t b, int64_t h, int64_t first) {
+  constexpr int kQ = kQueries<T>;
+  T row[kQ];
+  store(row, tile.row.a);
+  store(row + kLanes<T>, tile.row.b);
+  for (int64_t d = 0; d < w.D; d++)
+    for (int i = 0; i < kQ; i++) {
+      T& x = w.dq[d * kQ + i];
+      x *= scale.dquery;
+      if (scale.dquery_row != 0) x -= scale.dquery_row * row[i] * w.q[d * kQ + i];
+    }
+  if (p.parts == 1) return write_lanes<T>(p, p.dquery, b, h, nullptr, first, tile.count, w.D, w.dq);
+  T* to = static_cast<T*>(p.dquery_parts) +
+          (((part * p.batch + b) * p.heads + h) * p.queries + first) * w.D;
+  transpose_block<false, T>(w.dq, kQ, w.D, tile.count, to, w.D);
+}
+
+template <class T>
+void write_part(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale, int64_t b, int64_t h, int64_t first,
+                int64_t count) {
+  for (int64_t j = 0; j < count; j++) {
+    T* dk = w.dk + j * w.Dp;
+    const T* k = w.keys + j / kKeys * kKeys * w.D + j % kKeys;
+    const T column = scale.dkey_column == 0 ? T(0) : scale.dkey_column * sum_lanes<T>(load(w.column + j * kLanes<T>));
+    for (int64_t d = 0; d < w.D; d++) {
+      dk[d] *= scale.dkey;
+      if (scale.dkey_column != 0) dk[d] -= column * k[d * kKeys];
+    }
+  }
+  const int64_t* index = p.key_index ? p.key_index + b * p.keys + first : nullptr;
+  for (int64_t j = 0; j < count; j += kQueries<T>) {
+    const int64_t n = smaller(kQueries<T>, count - j);
+    const int64_t* at = index ? index + j : nullptr;
+    transpose_block<true, T>(w.dk + j * w.Dp, w.Dp, n, w.D, w.q, kQueries<T>);
+    write_lanes<T>(p, p.dkey, b, h, at, first + j, n, w.D, w.q);
+    transpose_block<true, T>(w.dv + j * w.Ep, w.Ep, n, w.E, w.g, kQueries<T>);
+    write_lanes<T>(p, p.dvalue, b, h, at, first + j, n, w.E, w.g);
+  }
+}
+
+template <Score kScore, bool kMoment, class T>
+void run_parts(const NonlocalParams& p, int64_t begin, int64_t end) {
+  Workspace<T> w(p);
+  for (int64_t task = begin; task < end; task++) {
+    const int64_t part = task % p.parts, bh = task / p.parts, b = bh / p.heads, h = bh % p.heads;
+    const int64_t first = part * p.part_keys;
+    const int64_t count = larger(0, smaller(allowed_keys(p, b) - first, p.part_keys));
+    const T* centre = centre_of<T>(p, b, h);
+    const Scales<T> scale = scales<T>(p, kScore, h);
+    pack_panels<T>(p, p.key, b, h, first, count, w.D, w.keys, w.q);
+    if (centre) finish_keys<T>(scale, centre, count, w.D, w.keys, w.bias);
+    pack_panels<T>(p, p.value, b, h, first, count, w.E, w.values, w.g);
+    const int64_t rows = round_up(count, kKeys);
+    memset(w.dk, 0, rows * w.Dp * sizeof(T));
+    memset(w.dv, 0, rows * w.Ep * sizeof(T));
+    memset(w.column, 0, rows * kLanes<T> * sizeof(T));
+    double moment = 0;
+    for (int64_t query = 0; query < p.queries; query += kQueries<T>) {
+      const int64_t n = smaller(kQueries<T>, p.queries - query);
+      const Limits<T> limit = limits<T>(p, b, query, n, first, count);
+      Tile<T> tile = pack_tile<T>(p, w, scale, centre, b, h, query, n);
+      add_groups<kScore, kMoment>(w, tile, limit);
+      write_dquery(p, w, scale, tile, part, b, h, query);
+      T lanes[kQueries<T>];
+      store(lanes, tile.moment.a);
+      store(lanes + kLanes<T>, tile.moment.b);
+      for (int64_t i = 0; i < n; i++) moment += lanes[i];
+    }
+    write_part(p, w, scale, b, h, first, count);
+    // s = -|q - k|^2 / (2 bandwidth^2) up to a constant of the row, whose deltas sum to zero if that constant is not.
+    if (p.dbandwidth) p.dbandwidth[part * p.batch * p.heads + bh] = -2 * moment / (kLog2E * p.bandwidth[h]);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void nonlocal_bwd(const NonlocalParams& p, int64_t begin, int64_t end) {
+  with_score(p, [&]<Score kScore>() {
+    if (kScore != Score::dot && p.dbandwidth) run_parts<kScore, kScore != Score::dot, T>(p, begin, end);
+    else run_parts<kScore, false, T>(p, begin, end);
+  });
+}
+
+template <class T>
+void nonlocal_sum_parts(const NonlocalParams& p, int64_t begin, int64_t end) {
+  constexpr int kQ = kQueries<T>;
+  const int64_t D = p.width, N = p.queries, stride = p.batch * p.heads * N * D, tiles = (N + kQ - 1) / kQ;
+  Buffer<T> sum(kQ * D), lanes(kQ * D);
+  for (int64_t task = begin; task < end; task++) {
+    const int64_t bh = task / tiles, first = task % tiles * kQ, n = smaller(kQ, N - first);
+    const T* from = static_cast<const T*>(p.dquery_parts) + (bh * N + first) * D;
+    memcpy(sum, from, n * D * sizeof(T));
+    for (int64_t part = 1; part < p.parts; part++)
+      for (int64_t i = 0; i < n * D; i++) sum[i] += from[part * stride + i];
+    transpose_block<true, T>(sum, D, n, D, lanes, kQ);
+    write_lanes<T>(p, p.dquery, bh / p.heads, bh % p.heads, nullptr, first, n, D, lanes);
+  }
+}
+
+#define DNL_INSTANTIATE(T)                                                      \
+  template void nonlocal_bwd<T>(const NonlocalParams&, int64_t, int64_t);       \
+  template void nonlocal_sum_parts<T>(const NonlocalParams&, int64_t, int64_t);
+DNL_INSTANTIATE(float)
+DNL_INSTANTIATE(double)
+
+}  // namespace dnl::DNL_ISA

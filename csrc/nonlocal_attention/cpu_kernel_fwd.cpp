@@ -1,0 +1,185 @@
+// Forward of nonlocal_attention: for each tile of queries one pass over the packed keys and values. The row's maximum is
+// only tracked (and earlier sums rescaled) where no bound tells that exponents stay in a safe range.
+#include "nonlocal_attention/tiles.h"
+
+namespace dnl::DNL_ISA {
+namespace {
+
+template <class T>
+struct Tile {
+  const T* q;     // [D][kQueries]
+  T* out;         // [E][kQueries]
+  Pair<T> shift;  // of the exponents
+  Pair<T> sum;    // of the weights
+};
+
+template <Score kScore, bool kOnline, bool kMasked, class T>
+DNL_INLINE void add_group(Tile<T>& t, const T* k, const T* v, const T* bias, int64_t width, int64_t value_width,
+                          const Limits<T>& limit, int64_t j) {
+  Scores<T> s;
+  form_scores<kScore>(s, t.q, k, bias, width);
+  if constexpr (kOnline) {
+    Pair<T> top = t.shift;
+#pragma GCC unroll 8
+    for (int u = 0; u < kKeys; u++) {
+      if constexpr (kMasked) {
+        top.a = limit.allowed(j, u, 0) ? maximum(s.at[u][0], top.a) : top.a;
+        top.b = limit.allowed(j, u, 1) ? maximum(s.at[u][1], top.b) : top.b;
+      } else {
+        top.a = maximum(s.at[u][0], top.a);
+        top.b = maximum(s.at[u][1], top.b);
+      }
+    }
+    if (any_greater<T>(top.a, t.shift.a) || any_greater<T>(top.b, t.shift.b)) {
+      const Vec<T> ca = exp2<T>(t.shift.a - top.a), cb = exp2<T>(t.shift.b - top.b);
+      t.sum.a *= ca;
+      t.sum.b *= cb;
+      for (int64_t e = 0; e < value_width; e++) {
+        T* o = t.out + e * kQueries<T>;
+        store(o, load(o) * ca);
+        store(o + kLanes<T>, load(o + kLanes<T>) * cb);
+      }
+      t.shift = top;
+    }
+  }
+#pragma GCC unroll 8
+  for (int u = 0; u < kKeys; u++) {
+    s.at[u][0] = exp2<T>(kOnline ? s.at[u][0] - t.shift.a : s.at[u][0]);
+    s.at[u][1] = exp2<T>(kOnline ? s.at[u][1] - t.shift.b : s.at[u][1]);
+    if constexpr (kMasked) {
+      s.at[u][0] = limit.allowed(j, u, 0) ? s.at[u][0] : Vec<T>{};
+      s.at[u][1] = limit.allowed(j, u, 1) ? s.at[u][1] : Vec<T>{};
+    }
+    t.sum.a += s.at[u][0];
+    t.sum.b += s.at[u][1];
+  }
+  accumulate<kMasked>(t.out, v, value_width, s, limit, j);
+}
+
+template <Score kScore, bool kOnline, class T>
+void add_groups(Tile<T>& tile, const T* k, const T* v, const T* bias, int64_t width, int64_t value_width,
+                const Limits<T>& limit) {
+  Tile<T> t = tile;
+  int64_t j = 0;
+  for (; j + kKeys <= limit.least; j += kKeys)
+    add_group<kScore, kOnline, false>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit, j);
+  for (; j < limit.most; j += kKeys)
+    add_group<kScore, kOnline, true>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit, j);
+  tile = t;
+}
+
+template <Score kScore, class T>
+void run_tiles(const NonlocalParams& p, int64_t begin, int64_t end) {
+  constexpr int kQ = kQueries<T>;
+  const int64_t D = p.width, E = p.value_width, N = p.queries;
+  const int64_t tiles = (N + kQ - 1) / kQ, padded = round_up(p.keys, kKeys);
+  Buffer<T> keys(padded * D), values(padded * E), bias(padded), q(D * kQ), out(E * kQ);
+  Scales<T> scale{};
+  int64_t packed = -1, count = 0;
+  for (int64_t task = begin; task < end; task++) {
+    const int64_t bh = task / tiles, b = bh / p.heads, h = bh % p.heads, first = task % tiles * kQ;
+    const int64_t n = smaller(kQ, N - first);
+    const T* centre = centre_of<T>(p, b, h);
+    if (bh != packed) {
+      count = allowed_keys(p, b);
+      scale = scales<T>(p, kScore, h);
+      pack_panels<T>(p, p.key, b, h, 0, count, D, keys, q);
+      if (centre) finish_keys<T>(scale, centre, count, D, keys, bias);
+      pack_panels<T>(p, p.value, b, h, 0, count, E, values, out);
+      packed = bh;
+    }
+    read_lanes<T>(p, p.query, b, h, nullptr, first, n, D, q);
+    finish_queries<T>(scale, centre, n, D, q);
+    memset(out, 0, E * kQ * sizeof(T));
+    const Limits<T> limit = limits<T>(p, b, first, n, 0, count);
+    Tile<T> tile{q, out, {}, {}};
+    if (safe_exponents<T>(p, scale, q, static_cast<const T*>(p.radius)[bh])) {
+      add_groups<kScore, false, T>(tile, keys, values, bias, D, E, limit);
+    } else if constexpr (kScore != Score::distance) {
+      tile.shift = {lowest<T>(), lowest<T>()};
+      add_groups<kScore, true, T>(tile, keys, values, bias, D, E, limit);
+    }
+    alignas(64) T shift[kQ], sum[kQ];
+    store(shift, tile.shift.a);
+    store(shift + kLanes<T>, tile.shift.b);
+    store(sum, tile.sum.a);
+    store(sum + kLanes<T>, tile.sum.b);
+    for (int64_t i = 0; i < kQ; i++) {
+      if (sum[i] == 0) shift[i] = 0;  // a row without keys: its maximum was never found
+      if (!p.normalize) sum[i] = 1;
+    }
+    memcpy(static_cast<T*>(p.shift) + bh * N + first, shift, n * sizeof(T));
+    memcpy(static_cast<T*>(p.sum) + bh * N + first, sum, n * sizeof(T));
+    if (p.normalize) {
+      for (int64_t i = 0; i < kQ; i++) sum[i] = sum[i] == 0 ? T(0) : 1 / sum[i];
+      for (int64_t e = 0; e < E; e++)
+        for (int64_t i = 0; i < kQ; i++) out[e * kQ + i] *= sum[i];
+    }
+    write_lanes<T>(p, p.output, b, h, nullptr, first, n, E, out);
+  }
+}
+
+}  // namespace
+
+template <class T>
+void nonlocal_tile(int64_t* queries) {
+  *queries = kQueries<T>;
+}
+
+template <class T>
+void nonlocal_prepare(const NonlocalParams& p, int64_t begin, int64_t end) {
+  constexpr int kQ = kQueries<T>;
+  const int64_t D = p.width;
+  Buffer<T> lanes(kQ * D);
+  Buffer<double> sum(D);
+  Buffer<int64_t> finite(D);
+  for (int64_t bh = begin; bh < end; bh++) {
+    const int64_t b = bh / p.heads, h = bh % p.heads, count = allowed_keys(p, b);
+    T* centre = p.bandwidth ? static_cast<T*>(p.centre) + bh * D : nullptr;
+    if (centre) {
+      for (int64_t d = 0; d < D; d++) sum[d] = 0, finite[d] = 0;
+      for_key_lanes<T>(p, p.key, b, h, 0, count, D, lanes, [&](int64_t, int64_t n) {
+        for (int64_t d = 0; d < D; d++) {
+          T part = 0;
+          int64_t usable = 0;
+          for (int64_t i = 0; i < n; i++) {
+            const T x = lanes[d * kQ + i];
+            const bool ok = x - x == 0;  // a NaN or an infinity must not spoil the other keys
+            part += ok ? x : T(0);
+            usable += ok;
+          }
+          sum[d] += part;
+          finite[d] += usable;
+        }
+      });
+      for (int64_t d = 0; d < D; d++) centre[d] = finite[d] ? T(sum[d] / finite[d]) : T(0);
+    }
+    T largest = 0;
+    if (p.normalize)
+      for_key_lanes<T>(p, p.key, b, h, 0, count, D, lanes, [&](int64_t, int64_t n) {
+        T norm[kQ] = {};
+        for (int64_t d = 0; d < D; d++)
+          for (int i = 0; i < kQ; i++) {
+            const T x = lanes[d * kQ + i] - (centre ? centre[d] : T(0));
+            norm[i] += x * x;
+          }
+        for (int64_t i = 0; i < n; i++)
+          if (norm[i] > largest || norm[i] != norm[i]) largest = norm[i];  // a NaN stays: no bound is known
+      });
+    static_cast<T*>(p.radius)[bh] = T(sqrt(double(largest)));
+  }
+}
+
+template <class T>
+void nonlocal_fwd(const NonlocalParams& p, int64_t begin, int64_t end) {
+  with_score(p, [&]<Score kScore>() { run_tiles<kScore, T>(p, begin, end); });
+}
+
+#define DNL_INSTANTIATE(T)                                                      \
+  template void nonlocal_tile<T>(int64_t*);                                     \
+  template void nonlocal_prepare<T>(const NonlocalParams&, int64_t, int64_t);   \
+  template void nonlocal_fwd<T>(const NonlocalParams&, int64_t, int64_t);
+DNL_INSTANTIATE(float)
+DNL_INSTANTIATE(double)
+
+}  // namespace dnl::DNL_ISA

@@ -1,0 +1,143 @@
+"""One way to make an operator differentiable: kernels for the first derivative, the reference for all others.
+
+`differentiable(forward, backward, reference)` gives an autograd.Function whose backward runs the operator's own
+kernels. When derivatives of the gradient are wanted (create_graph=True) or a forward-mode tangent, the same quantities
+are computed through the eager reference, which PyTorch can differentiate to any order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor | None]
+
+
+def differentiable(
+    forward: Callable[[Any, Tensors], tuple[Tensor, ...]],
+    backward: Callable[[Any, Tensor, Tensors, Tensors, Sequence[bool]], Sequence[Tensor | None]],
+    reference: Callable[[Any, Tensors], Tensor] | None = None,
+    *,
+    vjp: Callable[..., Sequence[Tensor | None]] | None = None,
+    jvp: Callable[..., Tensor] | None = None,
+    keep_output: bool = False,
+    return_extra: bool = False,
+) -> Callable[..., Any]:
+    """A differentiable function (config, *tensors) -> output.
+
+    forward(config, tensors) returns (output, *extra): extra tensors are kept for backward, not returned to the user.
+    backward(config, doutput, tensors, extra, needs) returns one gradient, or None, for each tensor.
+    reference(config, tensors) is the same output in differentiable eager PyTorch. config: static and hashable.
+    vjp(config, doutput, tensors, needs), jvp(config, tensors, tangents): in place of a reference, its derivatives.
+    keep_output: the output is kept too, as the first of `extra`.
+    return_extra: the function returns (output, *extra), of which extra is not differentiable.
+    """
+
+    pull: Any = vjp or functools.partial(reference_vjp, reference)
+    push: Any = jvp or functools.partial(reference_jvp, reference)
+
+    def save(ctx, config, tensors, output):
+        ctx.config, ctx.count, ctx.extra = config, len(tensors), len(output) - 1
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[0 if keep_output else 1 :])
+        ctx.save_for_forward(*tensors)
+
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, config, *tensors):
+            output = forward(config, tensors)
+            save(ctx, config, tensors, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, doutput, *_):
+            if doutput is None:
+                return (None,) * (1 + ctx.count)
+            tensors, extra = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+            needs = ctx.needs_input_grad[1:]
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return None, *pull(ctx.config, doutput, tensors, needs)
+            gradients = backward(ctx.config, doutput, tensors, extra, needs)
+            return None, *(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+
+    class ForwardModeOperator(Operator):  # apart, since Dynamo refuses a class with a jvp
+        @staticmethod
+        def jvp(ctx, _, *tangents):
+            tensors = ctx.saved_tensors[: ctx.count]
+            return push(ctx.config, tensors, tangents), *(None,) * ctx.extra
+
+    class TransformableOperator(ForwardModeOperator):  # the form that torch.func wants; 25 us slower per call
+        @staticmethod
+        def forward(config, *tensors):  # type: ignore[override]
+            return forward(config, tensors)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            save(ctx, inputs[0], inputs[1:], output)
+
+    def call(config, *tensors):
+        form: Any = ForwardModeOperator
+        if torch.compiler.is_compiling():
+            form, tensors = Operator, tuple(_distinct(tensors))
+        elif torch._C._are_functorch_transforms_active():
+            form = TransformableOperator
+        output = form.apply(config, *tensors)
+        return output if return_extra else output[0]
+
+    return call
+
+
+def reference_vjp(reference, config, doutput, tensors, needs):
+    # Views, so that a tensor given twice, or computed from another one, counts as an argument of its own.
+    views = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=True)]
+    wanted = [v for v, needed in zip(views, needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(reference(config, views), wanted, doutput, create_graph=True, allow_unused=True))
+    return [next(found) if needed else None for needed in needs]
+
+
+def reference_jvp(reference, config, tensors, tangents):
+    # J t as the derivative with respect to g of the linear map g -> J^T g, along t.
+    needs = [t is not None for t in tangents]
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() if n else x for x, n in zip(tensors, needs, strict=True)]
+        output = reference(config, leaves)
+        g = torch.zeros_like(output, requires_grad=True)
+        wanted = [x for x, n in zip(leaves, needs, strict=True) if n]
+        pulled = torch.autograd.grad(output, wanted, g, create_graph=True, allow_unused=True)
+        pairs = [(p, t) for p, t in zip(pulled, [t for t in tangents if t is not None], strict=True) if p is not None]
+        if not pairs:
+            return torch.zeros_like(output)
+        return torch.autograd.grad([p for p, _ in pairs], g, [t for _, t in pairs])[0]
+
+
+def _distinct(tensors: Tensors) -> list[Tensor | None]:
+    """A view in place of a tensor that was given before: Dynamo wants every input of a Function to be another one."""
+    return [
+        t.view_as(t) if t is not None and any(t is before for before in tensors[:i]) else t
+        for i, t in enumerate(tensors)
+    ]
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype of an active autocast region of their device, unchanged outside of one.
+
+    float64 stays, as in torch's own operators."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def outside_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """A context in which PyTorch's operators keep the dtypes that they are given: no autocast."""
+    device = like.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -1,0 +1,120 @@
+"""Which implementation runs: backends as data, the reasons why one cannot run, and the choice.
+
+Every operator declares with `declare` what each of its implementations supports. `select` is plain Python over these
+records, which torch.compile folds away.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _extension, _ops
+
+log = logging.getLogger("dnl_kernels")
+
+PREFERENCE = ("cuda", "triton", "cpu", "reference")  # best first; the only place where an order is written
+ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMESPACE = {"cpu": "dnl", "cuda": "dnl", "triton": "dnl_triton"}  # tests add emulated backends
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Support(NamedTuple):
+    """What one backend can run of one operator.
+
+    devices: device types, empty for any. dtypes: element types. limit: given the facts of a call (keywords of
+    `select`), the reason why it cannot run, or None.
+    """
+
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
+    limit: Callable[..., str | None] | None = None
+
+
+REFERENCE = Support()
+CPU = Support(devices=("cpu",))
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA = Support(devices=("cuda",), dtypes=CUDA_DTYPES)
+TRITON = Support(devices=_ops.TRITON_DEVICES, dtypes=CUDA_DTYPES)
+
+SUPPORTS: dict[str, dict[str, Support]] = {}
+
+
+def declare(op: str, **backends: Support) -> None:
+    """Records the backends of operator `op`; the reference runs everywhere."""
+    SUPPORTS[op] = {"reference": REFERENCE, **backends}
+
+
+def absence(backend: str) -> str | None:
+    """Why the backend cannot be used at all in this process, or None."""
+    if backend == "triton":
+        return _broken_triton() if _HAS_TRITON else "Triton is not installed"
+    return _extension.REASONS.get(backend)
+
+
+def _broken_triton() -> str | None:
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        import triton.language  # noqa: F401
+    except Exception as error:  # whatever a broken installation raises is the reason
+        return f"Triton does not import: {type(error).__name__}: {error}"
+    return None
+
+
+def reasons(op: str, backend: str, device: str, dtype: torch.dtype, facts: Mapping[str, object]) -> list[str]:
+    """Everything that keeps `backend` from running this call of `op`; empty when it can."""
+    support = SUPPORTS[op].get(backend)
+    if support is None:
+        return [f"{op} has no {backend} kernel"]
+    found = []
+    if missing := absence(backend):
+        found.append(missing)
+    if support.devices and device not in support.devices:
+        found.append(f"runs on {' or '.join(support.devices)}, the tensors are on {device}")
+    if dtype not in support.dtypes:
+        found.append(f"supports {', '.join(str(d).removeprefix('torch.') for d in support.dtypes)}, not {dtype}")
+    if support.limit is not None and (limit := support.limit(**facts)):
+        found.append(limit)
+    return found
+
+
+def select(op: str, backend: str | None, example: Tensor, **facts: object) -> str:
+    """The backend that runs this call: the requested one or an error with every reason, or the best one for None."""
+    device, dtype = example.device.type, example.dtype
+    if backend is not None:
+        check_backend(op, backend)
+        if why := reasons(op, backend, device, dtype, facts):
+            raise ValueError(f"{op}: backend='{backend}' cannot run this call: " + "; ".join(why))
+        return backend
+    for name in PREFERENCE:
+        support = SUPPORTS[op].get(name)
+        if support is None or (support.devices and device not in support.devices):
+            continue
+        why = reasons(op, name, device, dtype, facts)
+        if not why:
+            return name
+        if support.devices and not torch.compiler.is_compiling():
+            _log_fallback(op, name, "; ".join(why))
+    raise AssertionError("the reference backend runs every call")
+
+
+def check_backend(op: str, backend: str | None) -> None:
+    if backend is not None and backend not in PREFERENCE and backend not in NAMESPACE:
+        raise ValueError(f"{op}: backend is {backend!r}; expected None or one of {', '.join(PREFERENCE)}")
+
+
+@functools.cache
+def _log_fallback(op: str, backend: str, why: str) -> None:
+    log.info("%s: not using the %s backend: %s", op, backend, why)
+
+
+def kernel(backend: str, name: str) -> Callable:
+    """The registered operator `name` ('<op>_fwd', '<op>_bwd') in the namespace of `backend`."""
+    return getattr(getattr(torch.ops, NAMESPACE[backend]), name).default

@@ -1,0 +1,179 @@
+"""The registered operators: one table of schemas with their fakes (shape functions). It imports torch only.
+
+An operator `<op>` has `<op>_fwd` and `<op>_bwd` in the namespace `dnl`, where the dispatcher finds the C++ kernels by
+device, and the same pair in `dnl_triton`, where it finds the functions of these names in ops/<op>/triton.py, which is
+imported at the first call. Autograd is not registered here: see _autograd.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+NAMESPACES = ("dnl", "dnl_triton")
+# Triton decides by the same variable whether its kernels are interpreted, which happens on CPU tensors.
+TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+class Schema(NamedTuple):
+    signature: str
+    fake: Callable[..., Any]
+
+
+def _dense_sum_fwd(states: list[Tensor], weight: Tensor, channel_dim: int) -> Tensor:
+    return torch.empty_like(states[0], memory_format=torch.contiguous_format)
+
+
+def _dense_sum_bwd(dy, states, weight, channel_dim, need_states, need_weight):
+    dstates = [torch.empty_like(dy, memory_format=torch.contiguous_format) for _ in states] if need_states else []
+    return dstates, weight.new_empty(weight.shape if need_weight else (0, *weight.shape[1:]))
+
+
+def _dense_conv2d_fwd(states, weight, bias, norm_scale, norm_shift, activation, scale):
+    batch, _, height, width = states[0].shape
+    return weight.new_empty((batch, weight.shape[0], height, width))
+
+
+def _dense_conv2d_bwd(
+    dy, states, weight, norm_scale, norm_shift, activation, scale, need_states, need_weight, need_bias, need_norm
+):
+    def gradient(wanted, shape):
+        return weight.new_empty(shape if wanted else (0, *shape[1:]))
+
+    return (
+        [torch.empty_like(x, memory_format=torch.contiguous_format) for x in states] if need_states else [],
+        gradient(need_weight, weight.shape),
+        gradient(need_bias, weight.shape[:1]),
+        gradient(need_norm and norm_scale is not None, weight.shape[1:2]),
+        gradient(need_norm and norm_shift is not None, weight.shape[1:2]),
+    )
+
+
+def _nonlocal_attention_fwd(query, key, value, bandwidth, key_mask, scale, normalize, causal, channels_first):
+    B, h = query.shape[:2]
+    N, E = query.shape[3 if channels_first else 2], value.shape[2 if channels_first else 3]
+    row = torch.empty((B, h, N), dtype=_accumulation_dtype(query), device=query.device)
+    return query.new_empty((B, h, E, N) if channels_first else (B, h, N, E)), row, torch.empty_like(row)
+
+
+def _nonlocal_attention_bwd(
+    doutput, query, key, value, bandwidth, key_mask, output, shift, sum, scale, normalize, causal, channels_first,
+    need_bandwidth,
+):  # fmt: skip
+    dbandwidth = shift.new_empty((query.shape[1] if need_bandwidth else 0,))
+    return *(t.new_empty(t.shape) for t in (query, key, value)), dbandwidth
+
+
+def _accumulation_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _dnl_block_fwd(
+    x0, weight, bias, gamma, beta, mean, var, connectivity, growth_rate, size, preactivation, norm, training,
+    activation, tau, eps,
+):  # fmt: skip
+    batch, in_channels, height, width = x0.shape
+    grown = growth_rate * _layers(connectivity)
+    measured = in_channels * preactivation + grown if norm and training else 0
+    return (
+        x0.new_empty((batch, in_channels + grown, height, width)),
+        x0.new_empty(measured),
+        x0.new_empty(measured),
+        x0.new_empty((batch, 0 if preactivation else grown, height, width)),
+    )
+
+
+def _dnl_block_bwd(
+    dstates, states, outputs, weight, bias, gamma, beta, mean, var, connectivity, growth_rate, size, preactivation,
+    norm, training, activation, tau, eps,
+):  # fmt: skip
+    batch, channels, height, width = states.shape
+    grown = growth_rate * _layers(connectivity)
+    norms = 0
+    if norm:
+        norms = weight.numel() // (growth_rate * size * size) if preactivation else grown
+    return (
+        states.new_empty((batch, channels - grown, height, width)),
+        states.new_empty(weight.numel()),
+        states.new_empty(0 if bias is None else grown),
+        states.new_empty(norms),
+        states.new_empty(norms),
+    )
+
+
+def _layers(triangle: list[int]) -> int:
+    layers = 0
+    while layers * (layers + 1) // 2 < len(triangle):
+        layers += 1
+    return layers
+
+
+_BLOCK_TAIL = (
+    "Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, int[] connectivity,"
+    " int growth_rate, int size, bool preactivation, bool norm, bool training, str activation, float tau, float eps)"
+)
+
+SCHEMAS: dict[str, Schema] = {
+    "dense_sum_fwd": Schema("(Tensor[] states, Tensor weight, int channel_dim) -> Tensor", _dense_sum_fwd),
+    "dense_sum_bwd": Schema(
+        "(Tensor dy, Tensor[] states, Tensor weight, int channel_dim, bool need_states, bool need_weight)"
+        " -> (Tensor[], Tensor)",
+        _dense_sum_bwd,
+    ),
+    "dense_conv2d_fwd": Schema(
+        "(Tensor[] states, Tensor weight, Tensor? bias, Tensor? norm_scale, Tensor? norm_shift, str activation,"
+        " float scale) -> Tensor",
+        _dense_conv2d_fwd,
+    ),
+    "dense_conv2d_bwd": Schema(
+        "(Tensor dy, Tensor[] states, Tensor weight, Tensor? norm_scale, Tensor? norm_shift, str activation,"
+        " float scale, bool need_states, bool need_weight, bool need_bias, bool need_norm)"
+        " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
+        _dense_conv2d_bwd,
+    ),
+    "nonlocal_attention_fwd": Schema(
+        "(Tensor query, Tensor key, Tensor value, Tensor? bandwidth, Tensor? key_mask, float scale, bool normalize,"
+        " bool causal, bool channels_first) -> (Tensor, Tensor, Tensor)",
+        _nonlocal_attention_fwd,
+    ),
+    "nonlocal_attention_bwd": Schema(
+        "(Tensor doutput, Tensor query, Tensor key, Tensor value, Tensor? bandwidth, Tensor? key_mask, Tensor output,"
+        " Tensor shift, Tensor sum, float scale, bool normalize, bool causal, bool channels_first,"
+        " bool need_bandwidth) -> (Tensor, Tensor, Tensor, Tensor)",
+        _nonlocal_attention_bwd,
+    ),
+    "dnl_block_fwd": Schema(f"(Tensor x0, {_BLOCK_TAIL} -> (Tensor, Tensor, Tensor, Tensor)", _dnl_block_fwd),
+    "dnl_block_bwd": Schema(
+        f"(Tensor dstates, Tensor states, Tensor outputs, {_BLOCK_TAIL} -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _dnl_block_bwd,
+    ),
+}
+
+_libraries: list[torch.library.Library] = []  # a Library withdraws its definitions when it is collected
+
+
+def define(namespaces: tuple[str, ...] = NAMESPACES) -> None:
+    """Defines every operator of the table in each namespace. Called once, before the compiled library is loaded."""
+    for namespace in namespaces:
+        library = torch.library.Library(namespace, "DEF")
+        for name, schema in SCHEMAS.items():
+            library.define(name + schema.signature, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"{namespace}::{name}", schema.fake, lib=library)
+            if namespace == "dnl_triton":
+                for device in TRITON_DEVICES:
+                    library.impl(name, _in_triton(name), device.upper())
+        _libraries.append(library)
+
+
+def _in_triton(name: str) -> Callable[..., Any]:
+    module = f"dnl_kernels.ops.{name.rpartition('_')[0]}.triton"
+
+    def implementation(*arguments):
+        return getattr(importlib.import_module(module), name)(*arguments)
+
+    return implementation

@@ -1,0 +1,105 @@
+"""What the Triton kernels of all operators share: the target, precision, and views of states as rows.
+
+Imported by ops/<op>/triton.py only, that is, when that backend is first used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+VECTOR = 16  # bytes of the widest access of a thread
+TABLE_LENGTHS = (8, 64)  # how many tensors one launch writes into a pointer table
+
+
+def architecture() -> int:
+    """The compute capability of the current device, as 10 * major + minor."""
+    if triton.knobs.runtime.interpret:
+        return 80
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+def dot_precision() -> str:
+    """How float32 matrices are multiplied: in tf32 only where the user allowed it."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def power_of_two(n: int, least: int = 1, most: int = 1 << 30) -> int:
+    return min(max(triton.next_power_of_2(max(n, 1)), least), most)
+
+
+def _row_stride(x: Tensor, split: int) -> int | None:
+    """The distance between rows of x seen as [sizes before split, sizes from split on], rows contiguous; or None."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[split:]), reversed(x.stride()[split:]), strict=True):
+        if size != 1:
+            if stride != expected:
+                return None
+            expected *= size
+    rows = [(size, stride) for size, stride in zip(x.shape[:split], x.stride()[:split], strict=True) if size != 1]
+    if not rows:
+        return expected
+    if any(outer[1] != inner[0] * inner[1] for outer, inner in zip(rows, rows[1:], strict=False)):
+        return None
+    return rows[-1][1]
+
+
+def as_rows(states: Sequence[Tensor], splits: Sequence[int]) -> tuple[int, list[Tensor], list[int]]:
+    """The first of `splits` at which every state is a matrix of contiguous rows, the states, their row strides.
+
+    A slice of a prefix buffer is one; what is not is copied, at the first split."""
+    for split in splits:
+        strides = [_row_stride(x, split) for x in states]
+        if None not in strides:
+            return split, list(states), strides  # type: ignore[return-value]
+    split = splits[0]
+    copies = [x if _row_stride(x, split) is not None else x.contiguous() for x in states]
+    return split, copies, [_row_stride(x, split) for x in copies]  # type: ignore[misc]
+
+
+def aligned(tensors: Sequence[Tensor], strides: Sequence[int]) -> bool:
+    """Whether every row starts at a multiple of 16 bytes, so that 128-bit accesses are possible."""
+    return all(
+        x.data_ptr() % VECTOR == 0 and stride * x.element_size() % VECTOR == 0
+        for x, stride in zip(tensors, strides, strict=True)
+    )
+
+
+def rows_and_columns(x: Tensor, split: int) -> tuple[int, int]:
+    return math.prod(x.shape[:split]), math.prod(x.shape[split:])
+
+
+@triton.jit(do_not_specialize=["TENSORS", "strides", "count"])
+def pointer_table_kernel(TENSORS, strides, TABLE, first, count):
+    for j in tl.static_range(len(TENSORS)):
+        tl.store(TABLE + 2 * (first + j), TENSORS[j].to(tl.int64, bitcast=True), mask=j < count)
+        tl.store(TABLE + 2 * (first + j) + 1, strides[j], mask=j < count)
+
+
+def pointer_table(tensors: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
+    """[J, 2]: address and row stride of each tensor, in device memory, for kernels that loop over J tensors.
+
+    Written by a kernel that gets the addresses as its parameters: no copy from the host, so nothing waits and a CUDA
+    graph can hold it; and the kernels that read the table compile once for every J."""
+    table = tensors[0].new_empty((len(tensors), 2), dtype=torch.int64)
+    for first in range(0, len(tensors), TABLE_LENGTHS[-1]):
+        group = tensors[first : first + TABLE_LENGTHS[-1]]
+        length = next(n for n in TABLE_LENGTHS if n >= len(group))
+        more = length - len(group)
+        addresses = (*group, *[group[-1]] * more)
+        steps = (*strides[first : first + length], *[0] * more)
+        pointer_table_kernel[(1,)](addresses, steps, table, first, len(group), num_warps=1)
+    return table
+
+
+@triton.jit
+def table_entry(TABLE, j, count, like):
+    """The j-th tensor's address as a pointer like `like`, and its row stride."""
+    address = tl.load(TABLE + 2 * j, mask=j < count, other=0)
+    stride = tl.load(TABLE + 2 * j + 1, mask=j < count, other=0)
+    return address.to(like.dtype, bitcast=True), stride

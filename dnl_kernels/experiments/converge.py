@@ -1,0 +1,385 @@
+"""`dnl converge`: the statements of the continuous-depth theory, measured; a table, a figure and a JSON file each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..theory import dynamics, operators, studies
+from ..theory.learning import problem_a, problem_b
+from .errors import Stopped, UsageError, require
+from .screen import console
+
+STUDIES = ("forward", "regularizer", "constants", "learning", "dynamics")
+LEVELS = {
+    "forward": [64, 128, 256, 512, 1024, 2048, 4096],
+    "regularizer": [8, 16, 32, 64, 128, 256],
+    "constants": [8, 16, 32, 64, 128, 256],
+    "learning": [4, 8, 16, 32, 64],
+    "dynamics": [4, 8, 16, 32, 64],
+}
+TITLES = {
+    "sobolev": "$H^1$ gradient",
+    "absorbed": "descent on $W = \\tau K$",
+    "explicit": "descent on $K$",
+    "l2": "$L^2$ gradient",
+}
+CAPTIONS = {
+    "forward": "largest state error, $\\max_l |x^l - x(t_l)|$",
+    "regularizer": "$|R_L - R|$",
+    "constants": "largest state error",
+    "learning": "differences between $L$ and the next level",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", choices=STUDIES, help="what to measure")
+    parser.add_argument("--out", default="out/converge", metavar="DIR", help="where NAME.json and NAME.png go")
+    parser.add_argument("--levels", nargs="+", type=int, metavar="L", help="layer counts, increasing [by study]")
+    parser.add_argument("--seed", type=int, help="of the random curves or starts [by study]")
+    forward = parser.add_argument_group("forward")
+    forward.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=list(operators.KERNELS),
+        help="non-local operators; gaussian is exp(y_i.y_j), rbf what the package's operators call gaussian [all]",
+    )
+    forward.add_argument("--sigma", nargs="+", choices=["tanh", "relu"], help="activations [tanh relu]")
+    learning = parser.add_argument_group("regularizer, learning, dynamics")
+    learning.add_argument(
+        "--problem", choices=["a", "b"], help="a: local, d = 1; b: RBF with a learnable bandwidth [a]"
+    )
+    learning.add_argument("--p", type=float, nargs="+", help="exponents of the two-index norms [4; regularizer: 2 4]")
+    learning.add_argument("--first", choices=["input", "lifted"], help="the first state x^0 [input]")
+    learning.add_argument("--restarts", type=int, help="random starts at L = 8 [a: 4, b: 12]")
+    learning.add_argument("--rule", nargs="+", choices=list(dynamics.RULES), help="descent rules [all but l2]")
+    learning.add_argument("--steps", type=int, help="descent steps [300]")
+
+
+# Which options a study reads; another one given with it is a mistake, not something to ignore.
+READS = {
+    "forward": {"kernel", "sigma"},
+    "regularizer": {"p"},
+    "constants": set(),
+    "learning": {"problem", "p", "first", "restarts"},
+    "dynamics": {"problem", "rule", "steps"},
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    out = pathlib.Path(args.out)
+    for module in ("rich", "matplotlib"):
+        require(module)
+    screen = console()
+    started = time.perf_counter()
+    try:
+        with _Progress(screen) as watch:
+            found = [_study(args, p, watch) for p in (args.p or [None] if args.study == "learning" else [None])]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    name = "-".join([args.study, *([args.problem or "a"] if args.study in ("learning", "dynamics") else [])])
+    record = {
+        "name": name,
+        "versions": {"dnl_kernels": __version__, "torch": torch.__version__},
+        "arguments": {key: value for key, value in vars(args).items() if key != "out" and value is not None},
+        "seconds": round(time.perf_counter() - started, 2),
+        "results": [study.to_dict() for study in found],
+    }
+    for study in found:
+        for table in _tables(study):
+            screen.print(table)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / f"{name}.json", lambda path: path.write_text(json.dumps(_plain(record), indent=1) + "\n"))
+        _write(out / f"{name}.png", lambda path: _draw(found, path))
+    except OSError as error:
+        raise Stopped(f"cannot write to {out}: {error.strerror or error}") from error
+    screen.print(f"{out / name}.json and .png, {record['seconds']:.0f} s", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    given = {key for key in set().union(*READS.values()) if getattr(args, key) is not None}
+    if foreign := sorted(given - READS[args.study]):
+        options = ", ".join(f"--{key}" for key in foreign)
+        raise UsageError(f"{args.study} does not read {options}")
+    levels = LEVELS[args.study] if args.levels is None else args.levels
+    if len(levels) < 2 or levels[0] < 1 or any(b <= a for a, b in zip(levels[:-1], levels[1:], strict=True)):
+        raise UsageError(f"--levels must be at least 2 increasing layer counts >= 1, got {' '.join(map(str, levels))}")
+    if args.study in ("learning", "dynamics") and len(levels) < 3:
+        raise UsageError("--levels must be at least 3 layer counts here: orders compare differences between levels")
+    if args.study in ("forward", "constants") and any(level % levels[0] for level in levels):
+        raise UsageError(f"--levels must be multiples of the first, {levels[0]}, for nested grids")
+    for name in ("restarts", "steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be >= 1, got {value}")
+    for p in args.p or ():
+        if not 2 <= p < math.inf:
+            raise UsageError(f"--p must be >= 2 and finite, got {p:g}")
+    args.levels = levels
+
+
+def _study(args: argparse.Namespace, p: float | None, watch: studies.Watch) -> studies.Study:
+    levels, seed = args.levels, {} if args.seed is None else {"seed": args.seed}
+    if args.study == "forward":
+        kernels, sigmas = args.kernel or list(operators.KERNELS), args.sigma or ["tanh", "relu"]
+        return studies.forward_study(kernels, sigmas, levels, reference=_ode_reference(), watch=watch, **seed)
+    if args.study == "regularizer":
+        return studies.regularizer_study(args.p or [2, 4], levels, watch=watch, **seed)
+    if args.study == "constants":
+        return studies.constants_study(levels, watch=watch, **seed)
+    which = args.problem or "a"
+    if args.study == "dynamics":
+        problem = problem_a(2) if which == "a" else problem_b()
+        rules = args.rule or ["sobolev", "absorbed", "explicit"]
+        return studies.dynamics_study(problem, levels, rules, steps=args.steps or 300, watch=watch, **seed)
+    p = (4 if which == "a" else 2) if p is None else p
+    build = problem_a if which == "a" else problem_b
+    problem = build(p=p, first=args.first or "input")
+    restarts = args.restarts or (4 if which == "a" else 12)
+    name = f"{which}, p = {p:g}, x0 {problem.first}"
+    return studies.learning_study(problem, name, levels, restarts=restarts, watch=watch, **seed)
+
+
+def _ode_reference() -> studies.Reference | None:
+    """DOP853 on the ODE system that separable kernels are equivalent to, where scipy is installed."""
+    try:
+        import numpy as np
+        from scipy.integrate import solve_ivp
+    except ModuleNotFoundError:
+        return None
+
+    def solve(curves: Any, x: torch.Tensor, phi: Any, times: torch.Tensor) -> torch.Tensor:
+        K, b = curves.K.coefficients, curves.b.coefficients
+        rank, dim = K.shape[1], K.shape[2]
+
+        def state(t: float, z: Any) -> torch.Tensor:
+            """x(t) from Z_q = int_0^t g_q x and G_q = int_0^t g_q."""
+            s, z = torch.tensor(t, dtype=torch.float64), torch.from_numpy(z)
+            Z, G, f = z[: rank * dim].reshape(rank, dim), z[rank * dim :], curves.K.left(s)
+            memory = torch.einsum("m,mqij,qj->i", f, K, Z) + torch.einsum("m,q,mqi->i", f, G, b)
+            y = curves.A(s) @ x + curves.a(s) + memory
+            return phi(y, None if curves.vartheta is None else curves.vartheta(s))
+
+        def slope(t: float, z: Any) -> Any:
+            g = curves.K.right(torch.tensor(t, dtype=torch.float64))
+            return torch.cat([(g[:, None] * state(t, z)).reshape(-1), g]).numpy()
+
+        start = np.zeros(rank * (dim + 1))
+        options = {"method": "DOP853", "rtol": 1e-12, "atol": 1e-14, "max_step": 0.02}
+        solution = solve_ivp(slope, (0.0, 1.0), start, t_eval=times.numpy(), **options)
+        return torch.stack(
+            [state(t, np.ascontiguousarray(z)) for t, z in zip(times.tolist(), solution.y.T, strict=True)]
+        )
+
+    return solve
+
+
+class _Progress(studies.Watch):
+    """One bar for the current part on a terminal; nothing elsewhere."""
+
+    def __init__(self, screen: Any):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}"),
+            TimeElapsedColumn(),
+        )
+        self.progress = Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal)
+        self.task = self.progress.add_task("", total=None)
+
+    def __enter__(self) -> _Progress:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.progress.stop()
+
+    def begin(self, what: str, total: int) -> None:
+        self.progress.reset(self.task, description=what, total=total or None)
+
+    def advance(self, steps: int = 1) -> None:
+        self.progress.advance(self.task, steps)
+
+
+def _tables(study: studies.Study) -> list[Any]:
+    from rich.table import Table
+
+    found = []
+    levels = study.tables[0].levels
+    errors = Table("errors and observed orders", *[f"L = {level}" for level in levels], "fit", title=study.name)
+    for table in study.tables:
+        record = table.to_dict()
+        cells = [f"{table.errors[0]:.2e}"]
+        cells += [f"{e:.2e} ({o:.2f})" for e, o in zip(table.errors[1:], table.orders, strict=True)]
+        errors.add_row(table.name, *cells, f"{record['fitted_order']:.3f}")
+    found.append(errors)
+    facts = study.facts
+    if study.name == "forward" and facts["reference_against_extrapolation"]:
+        rows = Table("reference against own extrapolation", "largest difference")
+        for name, gap in facts["reference_against_extrapolation"].items():
+            rows.add_row(name, f"{gap:.1e}")
+        found.append(rows)
+    if study.name == "regularizer":
+        rows = Table("leading constant of (R_L - R) L", "measured", "predicted")
+        for name, pair in facts["one_dimensional_constants"].items():
+            rows.add_row(f"A, {name}", f"{pair['measured']:.4f}", f"{pair['predicted']:.4f}")
+        for name, holds in facts["averages_below_limit"].items():
+            rows.add_row(f"R_L(averages) <= R at every level, {name}", str(holds), "True")
+        found.append(rows)
+    if study.name == "constants":
+        rows = Table("invariant", "largest observed / bound")
+        for name, ratio in facts["observed_over_bound"].items():
+            rows.add_row(name, f"{ratio:.4f}")
+        found.append(rows)
+    if study.name == "learning":
+        rows = Table(
+            "L", "J_L", "data", "R", "|gradient|", "iterations", "branches", "independent starts", title="minima"
+        )
+        for row in facts["rows"]:
+            starts = row.get("independent_starts")
+            agree = (
+                ""
+                if starts is None
+                else f"{len(starts)}, " + ("agree" if row["independent_starts_agree"] else "differ")
+            )
+            branches = " ".join(f"{value:.6f}" for value in row["branches"])
+            numbers = (f"{row['value']:.10f}", f"{row['data']:.3e}", f"{row['penalty']:.3e}", f"{row['gradient']:.0e}")
+            rows.add_row(str(row["layers"]), *numbers, str(row["iterations"]), branches, agree)
+        found.append(rows)
+    if study.name == "dynamics":
+        rows = Table("rule", "rate", "L", "final loss", "K moved (rms)", "A^{L-1} moved", "other A moved (rms)")
+        for row in facts["runs"]:
+            moved = (row["final_loss"], row["moved"]["K"], row["last_A_moved"], row["other_A_moved"])
+            rows.add_row(row["rule"], f"{row['rate']:g}", str(row["layers"]), *[f"{value:.4g}" for value in moved])
+        found.append(rows)
+    return found
+
+
+def _draw(found: Sequence[studies.Study], path: pathlib.Path) -> None:
+    require("matplotlib").use("Agg")
+    plt = require("matplotlib.pyplot")
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
+    name = found[0].name
+    with plt.rc_context(style):
+        panels = {"forward": _groups, "dynamics": _curves, "constants": _constants}.get(name, _groups)(found)
+        size = (1 + 4.6 * len(panels), 4.4)
+        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+        for axis, (title, paint) in zip(axes[0], panels, strict=True):
+            paint(axis)
+            axis.set_title(title, loc="left", fontsize=10)
+            axis.grid(True, color="0.92", linewidth=0.6)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(frameon=False, fontsize=8)
+        figure.savefig(path, dpi=150, format="png")
+        plt.close(figure)
+
+
+Panel = tuple[str, Callable[[Any], None]]
+
+
+def _groups(found: Sequence[studies.Study]) -> list[Panel]:
+    """Log-log panels: one per scheme of the forward study, else one per study."""
+    if found[0].name == "forward":
+        groups: dict[str, list] = {}
+        for table in found[0].tables:
+            problem, scheme = table.name.split(", ")
+            groups.setdefault(scheme, []).append((problem, table))
+    else:
+        groups = {study.facts.get("problem", study.name): [(t.name, t) for t in study.tables] for study in found}
+    return [(title, partial(_loglog, group=group, name=found[0].name)) for title, group in groups.items()]
+
+
+def _loglog(axis: Any, group: Sequence[tuple[str, Any]], name: str) -> None:
+    axis.set(xscale="log", yscale="log", xlabel="layers $L$", ylabel=CAPTIONS.get(name, ""))
+    for label, table in group:
+        dashed = "relu" in label or "average" in label
+        axis.plot(table.levels, table.errors, "o--" if dashed else "o-", markersize=3.5, linewidth=1.4, label=label)
+    lowest = min((table for _, table in group), key=lambda t: t.errors[0])
+    for order in sorted({table.expected for _, table in group if table.expected is not None}):
+        start = lowest.errors[0] / 2
+        line = [start * (lowest.levels[0] / level) ** order for level in lowest.levels]
+        axis.plot(lowest.levels, line, color="0.5", linestyle=":", linewidth=1.2, label=f"slope {-order:g}")
+    levels = lowest.levels
+    axis.set_xticks(levels, [str(level) for level in levels])
+    axis.minorticks_off()
+
+
+def _constants(found: Sequence[studies.Study]) -> list[Panel]:
+    study = found[0]
+    ratios = study.facts["observed_over_bound"]
+
+    def bars(axis: Any) -> None:
+        axis.barh(list(ratios), list(ratios.values()), color="#4477aa", height=0.6)
+        axis.axvline(1, color="0.3", linewidth=1, linestyle="--")
+        axis.set(xscale="log", xlabel="largest observed / bound (bound: dashed)")
+
+    def orders(axis: Any) -> None:
+        constant = study.facts["corollary_5"]["C"]
+        _loglog(axis, [(table.name, table) for table in study.tables], "constants")
+        levels = study.tables[0].levels
+        axis.plot(levels, [constant / level for level in levels], color="#aa3377", label="bound $C\\tau$")
+
+    return [("constants of Remark 1, Lemma 2, Prop. 3, Cor. 5", bars), ("Corollary 5", orders)]
+
+
+def _curves(found: Sequence[studies.Study]) -> list[Panel]:
+    study = found[0]
+    panels: list[Panel] = []
+    colours = require("matplotlib.pyplot").get_cmap("viridis")
+
+    def curves(axis: Any, losses: dict[int, list[float]]) -> None:
+        for index, (layers, values) in enumerate(losses.items()):
+            shade = colours(0.87 * (1 - index / max(1, len(losses) - 1)))
+            axis.semilogy(values, color=shade, linewidth=1.6, label=f"L = {layers}")
+        axis.set(xlabel="step", ylabel="data loss")
+
+    for rule, losses in study.facts["losses"].items():
+        panels.append((f"{rule}: {TITLES[rule]}", partial(curves, losses=losses)))
+
+    def gaps(axis: Any) -> None:
+        _loglog(axis, [(table.name.rsplit(", ", 1)[1], table) for table in study.tables], "dynamics")
+        first = study.tables[0]
+        line = [first.errors[0] * first.levels[0] / level for level in first.levels]
+        axis.plot(first.levels, line, color="0.5", linestyle=":", label="slope -1")
+
+    return [*panels, ("largest difference between $L$ and the next level", gaps)]
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no nan or inf: they become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: pathlib.Path, fill: Callable[[pathlib.Path], object]) -> None:
+    """Written aside and moved into place: a reader sees the old file or the new one, whole."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = pathlib.Path(name)
+    try:
+        fill(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is not what a result file should keep
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

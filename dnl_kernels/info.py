@@ -1,0 +1,48 @@
+"""`python -m dnl_kernels.info` and `dnl info`: versions, build facts, and every backend with why it is unavailable."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from . import __version__, _backend, _builder, _extension
+
+
+def facts() -> dict[str, str]:
+    """Versions and build facts, name to text."""
+    library = _extension._C
+    isa = f"{library.isa()} (available: {', '.join(library.isa_levels())})" if library else "no C++ extension"
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    return {
+        "dnl_kernels": __version__,
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "compiler": f"{library.compiler}, for torch >= {library.torch_target}" if library else "none",
+        "instruction set": isa,
+        "CUDA architectures": "not built" if "cuda" in _extension.REASONS else _builder.ARCHS,
+        "CUDA": cuda,
+    }
+
+
+def backends() -> dict[str, str]:
+    """Each backend: the operators it has, or why it cannot be used here."""
+    table = {}
+    for backend in _backend.PREFERENCE:
+        operators = [op for op, supports in _backend.SUPPORTS.items() if backend in supports]
+        why = _backend.absence(backend) or (None if operators else "no operator has such a kernel yet")
+        if why is None and backend in ("cuda", "triton") and not torch.cuda.is_available():
+            why = "torch finds no CUDA device"
+        table[backend] = f"unavailable: {why}" if why else ", ".join(operators)
+    return table
+
+
+def main() -> None:
+    for title, rows in (("facts", facts()), ("backends", backends())):
+        print(title)
+        for name, text in rows.items():
+            print(f"  {name:<20}{text}")
+
+
+if __name__ == "__main__":
+    main()

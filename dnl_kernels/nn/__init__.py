@@ -1,0 +1,9 @@
+"""Modules over the operators: blocks, networks, non-local blocks, depth-weighted sums."""
+
+from .block import DNLBlock
+from .convert import convert_densenet
+from .depth import DenseSum
+from .network import DNLNet
+from .nonlocal2d import NonLocal2d
+
+__all__ = ["DNLBlock", "DNLNet", "DenseSum", "NonLocal2d", "convert_densenet"]

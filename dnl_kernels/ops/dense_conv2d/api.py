@@ -1,0 +1,122 @@
+"""dense_conv2d: validate -> select -> autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ... import _backend
+from ..._autograd import autocast, differentiable
+from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, check_states, check_tensor, fail, shape
+from . import reference
+
+OP = "dense_conv2d"
+_backend.declare(OP, cpu=_backend.CPU)
+
+
+class Config(NamedTuple):
+    activation: str
+    scale: float
+    backend: str
+
+
+def dense_conv2d(
+    states: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_scale: Tensor | None = None,
+    norm_shift: Tensor | None = None,
+    activation: str = "identity",
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """y = scale * sum_j W_j (*) act(norm_scale x_j + norm_shift) + bias, a convolution over J states.
+
+    The concatenation of the states is never made. The zero padding, as wide as keeps H and W, comes after the
+    activation, as in a DenseNet layer.
+
+    Args:
+        states: J >= 1 tensors [B, C_j, H, W] of one dtype and device, any strides; C = sum C_j.
+        weight: [D, C, k, k], k odd, blocks W_j in the order of the states; dtype and device of the states.
+        bias: [D], or None.
+        norm_scale, norm_shift: [C] each, the folded normalisation of every channel, or None for 1 and 0.
+        activation: "identity", "relu", "leaky_relu" (slope 0.01), "tanh", "gelu" (exact) or "silu".
+        scale: a number, the step tau of a DNL layer.
+        backend: None (the best), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [B, D, H, W], contiguous, in the dtype of the states. Half types accumulate in float32.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value, named in the message.
+
+    Source: DNL Def. 1 with K_{l,j} a convolution (concatenation is a sum over blocks); DenseNet's BN-ReLU-Conv.
+    """
+    states = check_states(OP, states)
+    weight = check_tensor(OP, "weight", weight)
+    options = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
+    for name, option in options.items():
+        if option is not None:
+            check_tensor(OP, name, option)
+    *states, weight, bias, norm_scale, norm_shift = autocast(*states, weight, *options.values())  # type: ignore[assignment]
+    options = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
+    for name, tensor in {"weight": weight, **options}.items():
+        if tensor is not None:
+            check_tensor(OP, name, tensor, states[0], "states[0]")
+    _check_shapes(states, weight, options)
+    check_choice(OP, "activation", activation, ACTIVATIONS)
+    check_number(OP, "scale", scale)
+    chosen = _backend.select(OP, backend, states[0])
+    if chosen == "reference":
+        return reference.dense_conv2d(states, weight, bias, norm_scale, norm_shift, activation, scale)
+    return _function(Config(activation, float(scale), chosen), weight, bias, norm_scale, norm_shift, *states)
+
+
+def _check_shapes(states: Sequence[Tensor], weight: Tensor, options: dict[str, Tensor | None]) -> None:
+    first = states[0]
+    for j, state in enumerate(states):
+        if state.dim() != 4:
+            fail(OP, f"states[{j}]", shape(state), "4 dimensions [B, C_j, H, W]")
+        if (state.shape[0], *state.shape[2:]) != (first.shape[0], *first.shape[2:]):
+            expected = [first.shape[0], "C_j", *first.shape[2:]]
+            fail(OP, f"states[{j}]", shape(state), f"[{', '.join(map(str, expected))}], as states[0]")
+    channels = sum(state.shape[1] for state in states)
+    if weight.dim() != 4:
+        fail(OP, "weight", shape(weight), "4 dimensions [D, sum C_j, k, k]")
+    outputs, _, size, _ = weight.shape
+    if size % 2 == 0:
+        fail(OP, "weight", shape(weight), f"[D, {channels}, k, k] with k odd")
+    check_shape(OP, "weight", weight, (outputs, channels, size, size), meaning="D, sum C_j, k, k")
+    for name, length, meaning in (("bias", outputs, "D"), *((n, channels, "sum C_j") for n in list(options)[1:])):
+        option = options[name]
+        if option is not None:
+            check_shape(OP, name, option, (length,), meaning=meaning)
+
+
+def _forward(config, tensors):
+    weight, bias, norm_scale, norm_shift, *states = tensors
+    return (
+        _backend.kernel(config.backend, "dense_conv2d_fwd")(
+            states, weight, bias, norm_scale, norm_shift, config.activation, config.scale
+        ),
+    )
+
+
+def _backward(config, dy, tensors, extra, needs):
+    weight, _, norm_scale, norm_shift, *states = tensors
+    dstates, dweight, dbias, dscale, dshift = _backend.kernel(config.backend, "dense_conv2d_bwd")(
+        dy, states, weight, norm_scale, norm_shift, config.activation, config.scale,
+        any(needs[4:]), needs[0], needs[1], needs[2] or needs[3],
+    )  # fmt: skip
+    return dweight, dbias, dscale, dshift, *(dstates or [None] * len(states))
+
+
+def _reference(config, tensors):
+    weight, bias, norm_scale, norm_shift, *states = tensors
+    return reference.dense_conv2d(states, weight, bias, norm_scale, norm_shift, config.activation, config.scale)
+
+
+_function = differentiable(_forward, _backward, _reference)

@@ -1,0 +1,1 @@
+"""dense_linear: the dense accumulation of tokens."""

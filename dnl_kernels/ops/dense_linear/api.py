@@ -1,0 +1,90 @@
+"""dense_linear: validate -> select -> autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ... import _backend
+from ..._autograd import autocast, differentiable
+from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, check_states, check_tensor, fail, shape
+from . import cpu, reference
+
+OP = "dense_linear"
+_backend.declare(OP, cpu=_backend.CPU)
+
+
+class Config(NamedTuple):
+    activation: str
+    scale: float
+
+
+def dense_linear(
+    states: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_scale: Tensor | None = None,
+    norm_shift: Tensor | None = None,
+    activation: str = "identity",
+    scale: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """y = scale * sum_j act(norm_scale_j * x_j + norm_shift_j) W_j^T + bias, linear in J states.
+
+    Nothing is concatenated, and only the states themselves are kept for backward.
+
+    Args:
+        states: J >= 1 tensors [..., C_j] of one dtype and device, alike in all but the last dimension; any strides.
+        weight: [D, sum C_j], blocks in the order of the states.
+        bias: [D] or None; it is not scaled.
+        norm_scale, norm_shift: [sum C_j] or None (one and zero), a folded normalisation of the states.
+        activation: "identity", "relu", "leaky_relu", "tanh", "gelu" or "silu", of the normalised states.
+        scale: a number: the step tau, or 1.
+        backend: None (the best), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        [..., D], of the states' dtype. Half types accumulate in float32.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, or an unknown activation, named in the
+        message.
+
+    Source: DNL Def. 1 (the affine map of several states), DNL (1) with K_{l,j} a matrix that acts on each token.
+    """
+    states = check_states(OP, states)
+    optional = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
+    check_tensor(OP, "weight", weight)
+    for name, tensor in optional.items():
+        if tensor is not None:
+            check_tensor(OP, name, tensor)
+    weight, bias, norm_scale, norm_shift, *states = autocast(weight, *optional.values(), *states)  # type: ignore[assignment]
+    check_choice(OP, "activation", activation, ACTIVATIONS)
+    check_number(OP, "scale", scale)
+    first = states[0]
+    if first.dim() == 0:
+        fail(OP, "states[0]", shape(first), "[..., C_0]")
+    for j, state in enumerate(states):
+        if state.shape[:-1] != first.shape[:-1] or state.dim() == 0:
+            fail(OP, f"states[{j}]", shape(state), f"{[*first.shape[:-1], 'C_j']}, as states[0]")
+    channels = sum(state.shape[-1] for state in states)
+    check_tensor(OP, "weight", weight, first, "states[0]")
+    check_shape(OP, "weight", weight, (weight.shape[0] if weight.dim() else 0, channels), meaning="D, sum C_j")
+    for name, tensor in zip(optional, (bias, norm_scale, norm_shift), strict=True):
+        if tensor is not None:
+            check_tensor(OP, name, tensor, first, "states[0]")
+            size, meaning = (weight.shape[0], "D") if name == "bias" else (channels, "sum C_j")
+            check_shape(OP, name, tensor, (size,), meaning=meaning)
+    if _backend.select(OP, backend, first) == "reference":
+        return reference.dense_linear(states, weight, bias, norm_scale, norm_shift, activation, scale)
+    return _function(Config(activation, scale), weight, bias, norm_scale, norm_shift, *states)
+
+
+def _reference(config, tensors):
+    weight, bias, norm_scale, norm_shift, *states = tensors
+    return reference.dense_linear(states, weight, bias, norm_scale, norm_shift, *config)
+
+
+_function = differentiable(cpu.forward, cpu.backward, _reference)

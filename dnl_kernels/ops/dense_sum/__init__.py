@@ -1,0 +1,1 @@
+"""dense_sum: a weighted sum over the earlier states."""

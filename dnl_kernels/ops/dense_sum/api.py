@@ -1,0 +1,88 @@
+"""dense_sum: validate -> select -> autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ... import _backend
+from ..._autograd import autocast, differentiable
+from ..._checks import check_shape, check_states, check_tensor, fail, shape
+from . import reference
+
+OP = "dense_sum"
+CUDA_MAX_STATES = 256  # kDenseSumMaxStates
+
+
+def _cuda_limit(count: int) -> str | None:
+    return f"takes at most {CUDA_MAX_STATES} states, not {count}" if count > CUDA_MAX_STATES else None
+
+
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON, cuda=_backend.CUDA._replace(limit=_cuda_limit))
+
+
+class Config(NamedTuple):
+    channel_dim: int
+    backend: str
+
+
+def dense_sum(states: Sequence[Tensor], weight: Tensor, *, channel_dim: int = -1, backend: str | None = None) -> Tensor:
+    """y = sum_j w_j * x_j, the depth-weighted sum of J states.
+
+    Args:
+        states: J >= 1 tensors of one shape, dtype and device; any rank and strides.
+        weight: [J], one number per state, or [J, C], one per state and channel; dtype and device of the states.
+        channel_dim: the dimension of the states that weight's C refers to; unused for weight [J].
+        backend: None (the best), "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        A tensor of the states' shape and dtype. Half types accumulate in float32.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, named in the message.
+
+    Source: DNL Def. 1 with scalar or diagonal K; DenseFormer's depth-weighted average is the scalar case.
+    """
+    states = check_states(OP, states)
+    weight = check_tensor(OP, "weight", weight)
+    *states, weight = autocast(*states, weight)  # type: ignore[assignment]
+    check_tensor(OP, "weight", weight, states[0], "states[0]")
+    first = states[0]
+    for j, state in enumerate(states):
+        if state.shape != first.shape:
+            fail(OP, f"states[{j}]", shape(state), f"{list(first.shape)}, as states[0]")
+    if weight.dim() == 2:
+        if not -first.dim() <= channel_dim < first.dim():
+            fail(OP, "channel_dim", channel_dim, f"a dimension of states[0] {shape(first)}")
+        channel_dim %= first.dim()
+        check_shape(OP, "weight", weight, (len(states), first.shape[channel_dim]), meaning="J, C")
+    else:
+        check_shape(OP, "weight", weight, (len(states),), meaning="J")
+        channel_dim = 0
+    chosen = _backend.select(OP, backend, first, count=len(states))
+    if chosen == "reference":
+        return reference.dense_sum(states, weight, channel_dim)
+    return _function(Config(channel_dim, chosen), weight, *states)
+
+
+def _forward(config, tensors):
+    weight, *states = tensors
+    return (_backend.kernel(config.backend, "dense_sum_fwd")(states, weight, config.channel_dim),)
+
+
+def _backward(config, dy, tensors, extra, needs):
+    weight, *states = tensors
+    dstates, dweight = _backend.kernel(config.backend, "dense_sum_bwd")(
+        dy, states, weight, config.channel_dim, any(needs[1:]), needs[0]
+    )
+    return dweight, *(dstates or [None] * len(states))
+
+
+def _reference(config, tensors):
+    weight, *states = tensors
+    return reference.dense_sum(states, weight, config.channel_dim)
+
+
+_function = differentiable(_forward, _backward, _reference)

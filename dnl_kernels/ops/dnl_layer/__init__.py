@@ -1,0 +1,1 @@
+"""dnl_layer: sigma(N(y)) of the dense accumulation y."""

@@ -1,0 +1,79 @@
+"""dnl_layer from the operators that it consists of: an accumulation, a non-local operator, a pointwise end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..dense_conv2d.api import dense_conv2d
+from ..dense_linear.api import dense_linear
+from ..nonlocal_attention.api import nonlocal_attention
+from .config import LayerConfig, NonLocalParameters
+from .pointwise import normalise_activate
+
+
+def affine(states: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, **options) -> Tensor:
+    """The dense accumulation of images (weight [D, C, k, k]) or tokens (weight [D, C]); options: see dense_conv2d."""
+    return (dense_conv2d if weight.dim() == 4 else dense_linear)(states, weight, bias, **options)
+
+
+def _concatenated(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    """Several linear maps of one input as one; a missing bias is zero."""
+    weight = torch.cat(list(weights))
+    if all(bias is None for bias in biases):
+        return weight, None
+    pairs = zip(weights, biases, strict=True)
+    return weight, torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in pairs])
+
+
+def non_local(y: Tensor, theta: NonLocalParameters, kernel: str, heads: int, backend: str | None) -> Tensor:
+    """N(y; theta). The projections are one product, and the attention reads them where they lie."""
+    if kernel == "local":
+        return y
+    images = y.dim() == 4
+    names = ["query", "value"] if theta.key_weight is None else ["query", "key", "value"]
+    weights = [getattr(theta, f"{name}_weight") for name in names]
+    weight, bias = _concatenated(weights, [getattr(theta, f"{name}_bias") for name in names])
+    projected = affine([y], weight[:, :, None, None] if images else weight, bias, backend=backend)
+    sizes = [w.shape[0] for w in weights]
+    if images:
+        parts = [p.unflatten(1, (heads, -1)) for p in projected.flatten(2).split(sizes, 1)]  # [B, h, D, N]
+    else:
+        parts = [p.unflatten(-1, (heads, -1)).transpose(1, 2) for p in projected.split(sizes, -1)]  # [B, h, N, D]
+    out = nonlocal_attention(
+        parts[0],
+        parts[-2],  # the query again where the two share a matrix
+        parts[-1],
+        kernel=kernel,
+        bandwidth=None if theta.rho is None else torch.exp(theta.rho),
+        layout="channels_first" if images else "tokens",
+        backend=backend,
+    )
+    assert theta.output_weight is not None
+    if images:
+        weight, out = theta.output_weight[:, :, None, None], out.flatten(1, 2).unflatten(2, y.shape[2:])
+    else:
+        weight, out = theta.output_weight, out.transpose(1, 2).flatten(2)
+    return affine([out], weight, theta.output_bias, backend=backend)
+
+
+def dnl_layer(
+    states: Sequence[Tensor],
+    affine_weight: Tensor,
+    affine_bias: Tensor | None,
+    theta: NonLocalParameters,
+    norm: tuple[Tensor | None, Tensor | None],
+    output_norm: tuple[Tensor | None, Tensor | None],
+    skip: tuple[Tensor, Tensor, Tensor | None] | None,
+    config: LayerConfig,
+    backend: str | None,
+) -> Tensor:
+    prologue = {"norm_scale": norm[0], "norm_shift": norm[1], "activation": config.input_activation}
+    y = affine(states, affine_weight, affine_bias, scale=config.tau, backend=backend, **prologue)
+    if skip is not None:
+        y = y + affine([skip[0]], skip[1], skip[2], backend=backend)
+    z = non_local(y, theta, config.kernel, config.heads, backend)
+    z = z + y if config.residual else z
+    return normalise_activate(z, *output_norm, config.activation, 1 if affine_weight.dim() == 4 else -1)

@@ -1,0 +1,9 @@
+"""Error budgets, named cases and inputs, shared by python_tests and bench.
+
+`testing/<op>.py` holds the named cases of an operator; `testing/operators.py` lists the operators for the tests that
+treat them all alike.
+"""
+
+from .budget import assert_within_budget, relative_error
+
+__all__ = ["assert_within_budget", "relative_error"]

@@ -1,0 +1,33 @@
+"""The operators as data, for the tests that hold every operator to the same contract (python_tests/test_contracts.py).
+
+A new operator adds one `Operator` to its `testing/<op>.py` and its name to the list below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Operator(NamedTuple):
+    """name: as in `dnl`. leaves(dtype, batch): a small example's differentiable tensors, drawn from torch's generator.
+    names: the leaves' names. call(*leaves, backend=None): the public function on them. batched: the leaves whose
+    dimension 0 is the batch. registered(*leaves): arguments for the registered operators, for opcheck; empty for a
+    composition of other operators."""
+
+    name: str
+    leaves: Callable[[torch.dtype, int], list[Tensor]]
+    names: tuple[str, ...]
+    call: Callable[..., Tensor]
+    batched: tuple[int, ...]
+    registered: Callable[..., dict[str, tuple[Any, ...]]]
+
+
+def operators() -> list[Operator]:
+    from . import dense_conv2d, dense_linear, dense_sum, dnl_block, dnl_layer, nonlocal_attention
+
+    modules = (dense_conv2d, dense_sum, dense_linear, nonlocal_attention, dnl_layer, dnl_block)
+    return [module.OPERATOR for module in modules]

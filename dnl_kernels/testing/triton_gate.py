@@ -1,0 +1,142 @@
+"""The compile gate: every Triton kernel in its shipped configurations, for every architecture, against a budget.
+
+`python -m dnl_kernels.testing.triton_gate` (make cuda-check) prints the table; fails if a kernel leaves its budget.
+Everything here is computed from the compiled code; nothing is measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .sass import MULTIPROCESSORS
+from .triton_compile import ARCHITECTURES, Compiled, compile_calls
+
+HEADER = "Computed from the compiled code, not measured on a GPU."
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Budget(NamedTuple):
+    """What a kernel must reach: no spills, at least this occupancy, tensor cores where it multiplies matrices, and
+    global accesses of at least this width in bits."""
+
+    occupancy: float
+    tensor_core: bool = False
+    width: int = 128
+
+
+BUDGETS = {
+    "pointer_table_kernel": Budget(0.3, width=64),  # one warp that writes a few hundred bytes
+    "dense_sum_fwd_kernel": Budget(0.5),
+    "dense_sum_bwd_kernel": Budget(0.37),
+}
+
+
+class Row(NamedTuple):
+    operator: str
+    case: str
+    dtype: str
+    architecture: int
+    compiled: Compiled
+
+    def faults(self) -> list[str]:
+        """Every way in which the kernel leaves its budget."""
+        r, budget = self.compiled.report, BUDGETS[self.compiled.name]
+        limit = MULTIPROCESSORS[self.architecture].shared_per_block * 1024
+        found = []
+        if r.spills:
+            found.append(f"{r.spills} spill instructions")
+        if r.shared > limit:
+            found.append(f"{r.shared} bytes of shared memory, the limit is {limit}")
+        if r.occupancy < budget.occupancy:
+            found.append(f"occupancy {r.occupancy:.2f} ({r.limit}), budget {budget.occupancy}")
+        if budget.tensor_core and not r.tensor_core and self.dtype != "fp32":
+            found.append("no tensor-core instruction in the hot loop")
+        if r.width < budget.width:
+            found.append(f"global accesses of {r.width} bits, budget {budget.width}")
+        return found
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def dense_sum_calls(dtype: torch.dtype) -> dict[str, Callable]:
+    from ..ops.dense_sum import triton as kernels
+
+    states = [meta(8, 1024, 512, dtype=dtype) for _ in range(6)]
+
+    def both(weight, channel_dim):
+        kernels.dense_sum_fwd(states, weight, channel_dim)
+        kernels.dense_sum_bwd(states[0], states, weight, channel_dim, True, True)
+
+    return {
+        "one weight": lambda: both(meta(6, dtype=dtype), 0),
+        "tokens": lambda: both(meta(6, 512, dtype=dtype), 2),
+        "images": lambda: both(meta(6, 1024, dtype=dtype), 1),
+    }
+
+
+CALLS = {"dense_sum": dense_sum_calls}
+
+
+def rows(architecture: int, operators: list[str] | None = None) -> list[Row]:
+    """Every kernel that the calls launch on this architecture."""
+    found = []
+    for operator in operators or CALLS:
+        for dtype_name, dtype in DTYPES.items():
+            for case, call in CALLS[operator](dtype).items():
+                for compiled in dict.fromkeys(compile_calls(architecture, call)):
+                    found.append(Row(operator, case, dtype_name, architecture, compiled))
+    return found
+
+
+def gather(architectures=ARCHITECTURES, operators: list[str] | None = None, processes: int = 2) -> list[Row]:
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        lists = list(pool.map(rows, architectures, [operators] * len(architectures)))
+    return [row for part in lists for row in part]
+
+
+COLUMNS = "kernel case dtype sm warps regs spills smem occupancy limit mma bits hot".split()
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    c, r = row.compiled, row.compiled.report
+    hot = " ".join(f"{kind}:{n}" for kind, n in r.hot_loop if kind != "OTHER")
+    facts = (c.warps, r.registers, r.spills, r.shared, f"{r.occupancy:.2f}", r.limit, r.tensor_core or "-", r.width)
+    return (c.name.removesuffix("_kernel"), row.case, row.dtype, str(row.architecture), *map(str, facts), hot)
+
+
+def table(found: list[Row]) -> str:
+    """The report as a Markdown table."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *dict.fromkeys(cells(row) for row in found)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("operators", nargs="*", choices=[[], *CALLS])
+    parser.add_argument("--architectures", nargs="*", type=int, default=ARCHITECTURES)
+    parser.add_argument("--markdown", help="also write the table to this file")
+    arguments = parser.parse_args()
+    found = gather(arguments.architectures, arguments.operators or None)
+    text = f"# Triton kernels: compile report\n\n{HEADER}\n\n{table(found)}\n"
+    print(text)
+    if arguments.markdown:
+        with open(arguments.markdown, "w") as file:
+            file.write(text)
+    faults = [f"{' '.join(cells(row)[:4])}: {fault}" for row in found for fault in row.faults()]
+    print("\n".join(faults) or "every kernel is within its budget")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The continuous-depth side of Dense Non-Local networks: everything in float64, differentiable, torch only.
+
+Curves and parameters, samplings and extensions, norms and regularizers, solvers, bounds, learning problems. A docstring
+that cites "DNL (1)" or "DNL Def. 2" refers to the paper (arXiv 2510.02049); "reconstructed" marks formulas that its
+available text does not contain.
+"""
+
+from .adjoint import AdjointResult, adjoint
+from .blocks import coarsen, refine
+from .bounds import (
+    convergence_constant,
+    growth_constant,
+    lipschitz_constant,
+    parameter_lipschitz_constant,
+    state_bound,
+    trajectory_bound,
+)
+from .curves import BasisCurve, CosineBasis, ParameterCurves, SampledCurve
+from .depth import CallableKernel, DepthKernel, SampledKernel
+from .extension import (
+    PiecewiseBilinear,
+    PiecewiseConstant,
+    PiecewiseConstant2d,
+    PiecewiseLinear,
+    distance,
+    extend,
+    extended_curves,
+    piecewise_bilinear,
+    piecewise_constant,
+    piecewise_linear,
+    prolong,
+    restrict,
+)
+from .learning import GammaFunctional, LearningProblem, Minimizer, problem_a, problem_b
+from .operators import (
+    EmbeddedGaussianKernel,
+    GaussianKernel,
+    LayerMap,
+    LocalKernel,
+    NonLocalOperator,
+    RBFKernel,
+)
+from .orders import OrderTable, fitted_order, observed_order, richardson
+from .parameters import DiscreteParameters, flip, pack, unpack
+from .regularization import (
+    regularizer,
+    regularizer_continuous,
+    regularizer_continuous_terms,
+    regularizer_terms,
+)
+from .sampling import sample_cell_average, sample_pointwise
+from .solvers import Trajectory, forward, solve_integral_equation
+from .spectral import SobolevPreconditioner, dct_matrix, sobolev_gradient
+from .structured import ExponentialSumKernel, SeparableKernel, ToeplitzKernel
+
+__all__ = [
+    "AdjointResult",
+    "BasisCurve",
+    "CallableKernel",
+    "CosineBasis",
+    "DepthKernel",
+    "DiscreteParameters",
+    "EmbeddedGaussianKernel",
+    "ExponentialSumKernel",
+    "GammaFunctional",
+    "GaussianKernel",
+    "LayerMap",
+    "LearningProblem",
+    "LocalKernel",
+    "Minimizer",
+    "NonLocalOperator",
+    "OrderTable",
+    "ParameterCurves",
+    "PiecewiseBilinear",
+    "PiecewiseConstant",
+    "PiecewiseConstant2d",
+    "PiecewiseLinear",
+    "RBFKernel",
+    "SampledCurve",
+    "SampledKernel",
+    "SeparableKernel",
+    "SobolevPreconditioner",
+    "ToeplitzKernel",
+    "Trajectory",
+    "adjoint",
+    "coarsen",
+    "convergence_constant",
+    "dct_matrix",
+    "distance",
+    "extend",
+    "extended_curves",
+    "fitted_order",
+    "flip",
+    "forward",
+    "growth_constant",
+    "lipschitz_constant",
+    "observed_order",
+    "pack",
+    "parameter_lipschitz_constant",
+    "piecewise_bilinear",
+    "piecewise_constant",
+    "piecewise_linear",
+    "problem_a",
+    "problem_b",
+    "prolong",
+    "refine",
+    "regularizer",
+    "regularizer_continuous",
+    "regularizer_continuous_terms",
+    "regularizer_terms",
+    "restrict",
+    "richardson",
+    "sample_cell_average",
+    "sample_pointwise",
+    "sobolev_gradient",
+    "solve_integral_equation",
+    "state_bound",
+    "trajectory_bound",
+    "unpack",
+]

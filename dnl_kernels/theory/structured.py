@@ -1,0 +1,250 @@
+"""Depth kernels whose history sums cost less than O(L^2): separable, sums of exponentials, Toeplitz.
+
+All are exact: they reorder the dense recursion's sum and change it by rounding only. Section 16 of the specification;
+an extension beyond the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._checks import check_tensor
+from .depth import DepthKernel, History, StateBuffer
+
+NEAR = 64  # Toeplitz: states summed directly; below it an FFT is slower than the product
+FAN_OUT = 16  # Toeplitz: each level's blocks are this many times longer than the level's below
+
+
+class SeparableKernel(DepthKernel):
+    """K(t, s) = sum_{m, q} f_m(t) g_q(s) C_{mq}: O(1) per total, O(L) per solve.
+
+    Args:
+        left: f, t [...] -> [..., M].
+        right: g, s [...] -> [..., Q].
+        coefficients: C, [M, Q, *value_shape] with value_shape [d, d] for K or [d] for b.
+    """
+
+    def __init__(self, left: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor], coefficients: Tensor):
+        check_tensor("coefficients", coefficients)
+        if coefficients.ndim not in (3, 4):
+            raise ValueError(f"coefficients must have shape [M, Q, d] or [M, Q, d, d], got {list(coefficients.shape)}")
+        self.left, self.right, self.coefficients = left, right, coefficients
+        self.value_shape = tuple(coefficients.shape[2:])
+
+    @classmethod
+    def of_rank(cls, left: Callable, right: Callable, matrices: Tensor) -> SeparableKernel:
+        """K(t, s) = sum_r f_r(t) g_r(s) M_r from M [r, d, d] or [r, d]."""
+        check_tensor("matrices", matrices)
+        eye = torch.eye(matrices.shape[0], dtype=matrices.dtype, device=matrices.device)
+        return cls(left, right, eye.reshape(*eye.shape, *([1] * (matrices.ndim - 1))) * matrices)
+
+    def evaluate(self, t: Tensor, s: Tensor) -> Tensor:
+        t, s = torch.broadcast_tensors(t, s)
+        c = self.coefficients.to(t)
+        factors = self.left(t)[..., :, None] * self.right(s)[..., None, :]
+        return (factors.flatten(-2) @ c.reshape(c.shape[0] * c.shape[1], -1)).reshape(*t.shape, *self.value_shape)
+
+    def history(self, times: Tensor) -> History:
+        return _SeparableHistory(self, times)
+
+    def row_sums(self, times: Tensor) -> Tensor:
+        sums = torch.cumsum(self.right(times), 0)
+        c = self.coefficients.to(times)
+        return (self.left(times)[:, :, None] * sums[:, None, :]).flatten(1) @ c.reshape(-1, *self.value_shape).flatten(
+            1
+        )
+
+
+class _SeparableHistory:
+    """Z_q = sum_j g_q(t_j) x_j; K's row sum is then sum_q (sum_m f_m(t_i) C_mq) Z_q."""
+
+    def __init__(self, kernel: SeparableKernel, times: Tensor):
+        self.left, self.right = kernel.left(times), kernel.right(times)
+        c = kernel.coefficients.to(times)
+        self.modes, self.rank, d, _ = c.shape
+        self.flat = c.transpose(2, 3).reshape(self.modes, self.rank * d * d)
+        self.sums = times.new_zeros(())
+        self.count = 0
+
+    def push(self, state: Tensor) -> None:
+        self.sums = self.sums + self.right[self.count][:, None, None] * state
+        self.count += 1
+
+    def total(self, row: int) -> Tensor:
+        rank, batch, d = self.sums.shape
+        matrix = (self.left[row] @ self.flat).reshape(rank * d, d)
+        return self.sums.transpose(0, 1).reshape(batch, rank * d) @ matrix
+
+
+class ToeplitzKernel(DepthKernel):
+    """K(t, s) = sum_r k_r(t - s) M_r by online FFT blocks: O(L log^2 L) per solve.
+
+    Args:
+        profile: k, lag [...] -> [..., R], for lags in [0, 1].
+        matrices: M, [R, d, d] for K or [R, d] for b.
+    """
+
+    def __init__(self, profile: Callable[[Tensor], Tensor], matrices: Tensor):
+        check_tensor("matrices", matrices)
+        if matrices.ndim not in (2, 3):
+            raise ValueError(f"matrices must have shape [R, d] or [R, d, d], got {list(matrices.shape)}")
+        self.profile, self.matrices = profile, matrices
+        self.value_shape = tuple(matrices.shape[1:])
+
+    def evaluate(self, t: Tensor, s: Tensor) -> Tensor:
+        weights = self.profile(t - s)
+        matrices = self.matrices.to(weights)
+        return (weights @ matrices.flatten(1)).reshape(*weights.shape[:-1], *self.value_shape)
+
+    def history(self, times: Tensor) -> History:
+        return _ToeplitzHistory(self, times)
+
+    def row_sums(self, times: Tensor) -> Tensor:
+        # On a uniform grid sum_{j <= i} k(t_i - t_j) is the running sum of k over the lags.
+        return torch.cumsum(self.evaluate(times, torch.zeros_like(times)), 0)
+
+
+class ExponentialSumKernel(ToeplitzKernel):
+    """K(t, s) = sum_r exp(-rate_r (t - s)) M_r: O(1) per total with decaying sums, stable for any rate >= 0.
+
+    Args:
+        rates: [R], non-negative.
+        matrices: [R, d, d] for K or [R, d] for b.
+    """
+
+    def __init__(self, rates: Tensor, matrices: Tensor):
+        check_tensor("rates", rates)
+        if rates.ndim != 1 or rates.numel() != matrices.shape[0]:
+            raise ValueError(f"rates must have shape [{matrices.shape[0]}] like matrices, got {list(rates.shape)}")
+        if bool((rates < 0).any()):
+            raise ValueError(f"rates must be >= 0, got {rates.min().item()}")
+        self.rates = rates
+        super().__init__(lambda lag: torch.exp(-self.rates.to(lag) * lag[..., None]), matrices)
+
+    def history(self, times: Tensor) -> History:
+        return _ExponentialHistory(self, times)
+
+
+class _ExponentialHistory:
+    """Z_r(t_i) = sum_j exp(-rate_r (t_i - t_j)) x_j, carried from one grid point to the next by its decay."""
+
+    def __init__(self, kernel: ExponentialSumKernel, times: Tensor):
+        gaps = torch.diff(times, prepend=times[:1])
+        self.decay = torch.exp(-kernel.rates.to(times) * gaps[:, None])
+        matrices = kernel.matrices.to(times)
+        self.mix = matrices.transpose(1, 2).reshape(-1, matrices.shape[1])
+        self.sums = times.new_zeros(())
+        self.count = 0
+
+    def push(self, state: Tensor) -> None:
+        self.sums = self.decay[self.count][:, None, None] * self.sums + state
+        self.count += 1
+
+    def total(self, row: int) -> Tensor:
+        sums = self.sums
+        for step in range(self.count, row + 1):  # at most one step: the trapezoid asks one row ahead of its states
+            sums = self.decay[step][:, None, None] * sums
+        rank, batch, d = sums.shape
+        return sums.transpose(0, 1).reshape(batch, rank * d) @ self.mix
+
+
+class _ToeplitzHistory:
+    """Relaxed (online) convolution.
+
+    Level v cuts the rows into blocks of B_v = NEAR * FAN_OUT^v. When a row block begins, the completed blocks of the
+    same parent are already known, and their contribution to the whole row block is a sum of circular convolutions of
+    length 2 B_v; the newest rows, below NEAR, are summed directly. Each state is transformed once per level.
+    """
+
+    def __init__(self, kernel: ToeplitzKernel, times: Tensor):
+        steps = torch.diff(times)
+        if bool(((steps - steps[0]).abs() > 1e-9 * steps[0]).any()):
+            raise ValueError("times must be a uniform grid for a Toeplitz kernel (K depends on t - s by index)")
+        weights = kernel.profile(times - times[0])  # [m, R], by lag
+        self.reversed = weights.flip(0).transpose(0, 1).contiguous()
+        matrices = kernel.matrices.to(times)
+        self.mix = matrices.transpose(1, 2).reshape(-1, matrices.shape[1])
+        self.states = StateBuffer(times.numel())
+        self.levels = [_Level(NEAR * FAN_OUT**v, weights) for v in range(_depth(times.numel()))]
+
+    def push(self, state: Tensor) -> None:
+        self.states.append(state)
+
+    def total(self, row: int) -> Tensor:
+        first, known = row - row % NEAR, len(self.states)
+        parts = [rows for level in self.levels if (rows := level.far(row, self.states)) is not None]
+        if known > first:
+            near = self.states.stacked(first, known)
+            lag = self.reversed.shape[1] - 1 - row  # the column of lag row - j is this plus j
+            parts.append((self.reversed[:, lag + first : lag + known] @ near.flatten(1)).reshape(-1, *near.shape[1:]))
+        sums = parts[0]  # [R, B, d]
+        for part in parts[1:]:
+            sums = sums + part
+        rank, batch, d = sums.shape
+        return sums.transpose(0, 1).reshape(batch, rank * d) @ self.mix
+
+
+def _depth(count: int) -> int:
+    levels, size = 0, NEAR
+    while size < count:
+        levels, size = levels + 1, size * FAN_OUT
+    return levels
+
+
+class _Level:
+    """One block length: spectra of the kernel's segments and of the states' blocks inside the current parent.
+
+    Frequencies lead, so that a row block's sum over the earlier blocks is one batched product [R, n] x [n, B d].
+    """
+
+    def __init__(self, size: int, weights: Tensor):
+        self.size = size
+        segments = [
+            torch.fft.rfft(weights[(distance - 1) * size : (distance + 1) * size], n=2 * size, dim=0)
+            for distance in range(1, min(FAN_OUT, -(-weights.shape[0] // size)))
+        ]
+        # [F, R, distances], the largest distance first: its last n columns belong to n blocks in their order.
+        self.kernels = torch.stack(segments[::-1], 2) if segments else None
+        self.block = self.parent = -1
+        self.spectra: list[Tensor] = []
+        self.buffer: Tensor | None = None
+        self.rows: Tensor | None = None
+
+    def far(self, row: int, states: StateBuffer) -> Tensor | None:
+        block = row // self.size
+        if block != self.block:
+            self._begin(block, states)
+        return None if self.rows is None else self.rows[row % self.size]
+
+    def _begin(self, block: int, states: StateBuffer) -> None:
+        self.block, parent = block, block // FAN_OUT
+        first = parent * FAN_OUT
+        if parent != self.parent:
+            self.parent, self.spectra = parent, []
+        shape = states.list[-1].shape
+        for other in range(first + len(self.spectra), block):
+            piece = states.stacked(other * self.size, (other + 1) * self.size)
+            self._append(torch.fft.rfft(piece.flatten(1), n=2 * self.size, dim=0))
+        count = len(self.spectra)
+        if not count or self.kernels is None:
+            self.rows = None
+            return
+        known = torch.stack(self.spectra, 1) if self.buffer is None else self.buffer[:, :count]
+        total = torch.bmm(self.kernels[..., -count:], known)
+        values = torch.fft.irfft(total, n=2 * self.size, dim=0)[self.size :]
+        self.rows = values.reshape(self.size, -1, *shape)
+
+    def _append(self, spectrum: Tensor) -> None:
+        """Spectra [F, B d] side by side; in place where no gradient is recorded."""
+        if spectrum.requires_grad:
+            self.buffer = None
+            self.spectra.append(spectrum)
+            return
+        if self.buffer is None:
+            self.buffer = spectrum.new_zeros(spectrum.shape[0], FAN_OUT, spectrum.shape[1])
+        index = len(self.spectra)
+        self.buffer[:, index] = spectrum
+        self.spectra.append(self.buffer[:, index])

@@ -1,0 +1,31 @@
+"""What every test runs under: a seed from its own name, and freshly allocated memory full of NaN."""
+
+import zlib
+
+import pytest
+import torch
+
+from dnl_kernels import _extension
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty, in Python and in the kernels, returns NaN: a result that was never written cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=_extension._C.isa_levels() if _extension._C else [])
+def isa(request):
+    """Runs the test once per instruction-set level of this processor."""
+    before = _extension._C.isa()
+    _extension._C.set_isa(request.param)
+    yield request.param
+    _extension._C.set_isa(before)

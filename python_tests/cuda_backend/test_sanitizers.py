@@ -1,0 +1,25 @@
+"""The CUDA kernels under AddressSanitizer + UndefinedBehaviorSanitizer and under ThreadSanitizer: bounds and races."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from dnl_kernels.testing import cuda_emulator
+
+# One element type of every case: barriers and addresses do not depend on which half type it is.
+SUBSET = "test_against_float64 and bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda_emulator.absence() is not None, reason=str(cuda_emulator.absence()))
+@pytest.mark.parametrize("flavour", ["address", "thread"])
+def test_kernels_under(flavour):
+    cuda_emulator.build(flavour)
+    run = subprocess.run(
+        [*cuda_emulator.sanitizer_prefix(), sys.executable, "-m", "pytest", "-k", SUBSET, "--show-capture=all"]
+        + [str(pathlib.Path(__file__).parent), "-p", "no:cacheprovider"],
+        env=cuda_emulator.sanitizer_environment(flavour), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-3000:] + run.stderr[-3000:]

@@ -1,0 +1,61 @@
+"""What the tests of interrupted runs start in processes of their own; under torchrun, one whose rank 1 is killed."""
+
+import os
+import pathlib
+import signal
+import sys
+
+from dnl_kernels.experiments import cli, metrics, run, train  # noqa: F401  (train: imported before the fork)
+from dnl_kernels.experiments.checkpoint import os as checkpoint_os
+
+
+def dnl(words, kill_at=None):
+    """Runs a command. kill_at = n: the process kills itself around the n-th time that it touches a file."""
+    count = 0
+
+    def event():
+        nonlocal count
+        count += 1
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(function):
+        def wrapped(*args, **kwargs):
+            event()
+            result = function(*args, **kwargs)
+            event()
+            return result
+
+        return wrapped
+
+    def half_a_line(path, record):
+        """An append that may be killed in the middle."""
+        line = metrics.line(record)
+        with path.open("a") as file:
+            for part in (line[:20], line[20:]):
+                file.write(part)
+                file.flush()
+                event()
+
+    if kill_at is not None:
+        checkpoint_os.fsync, checkpoint_os.replace = around(os.fsync), around(os.replace)
+        pathlib.Path.unlink, pathlib.Path.mkdir = around(pathlib.Path.unlink), around(pathlib.Path.mkdir)
+        metrics.append = half_a_line
+    os._exit(cli.main(words))
+
+
+def kill_rank_1_in_epoch_2():
+    """Unless torchrun has restarted the group already."""
+    epoch = run.Run.epoch
+
+    def killed(self, number, *args):
+        if number == 2 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return epoch(self, number, *args)
+
+    run.Run.epoch = killed
+
+
+if __name__ == "__main__":
+    kill_rank_1_in_epoch_2()
+    sys.exit(cli.main())

@@ -1,0 +1,95 @@
+"""dense_sum against float64: every case, dtype, gradient and instruction set, and every error."""
+
+import pytest
+import torch
+
+import dnl_kernels as dnl
+from dnl_kernels import _backend
+from dnl_kernels.testing import assert_within_budget
+from dnl_kernels.testing.dense_sum import CASES, inputs
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_dtype = pytest.mark.parametrize("dtype", _backend.ALL_DTYPES, ids=str)
+
+
+def run(weight, states, channel_dim, backend):
+    weight, states = weight.detach().requires_grad_(), [s.detach().requires_grad_() for s in states]
+    y = dnl.dense_sum(states, weight, channel_dim=channel_dim, backend=backend)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y)
+    return y, torch.autograd.grad(y, [weight, *states], dy)
+
+
+def check(weight, states, channel_dim):
+    y, grads = run(weight, states, channel_dim, "cpu")
+    eager, eager_grads = run(weight, states, channel_dim, "reference")
+    exact, exact_grads = run(weight.double(), [s.double() for s in states], channel_dim, "reference")
+    assert_within_budget("y", y, exact, eager)
+    names = ["dweight", *(f"dstates[{j}]" for j in range(len(states)))]
+    for name, a, e, b in zip(names, grads, exact_grads, eager_grads, strict=True):
+        assert_within_budget(name, a, e, b)
+
+
+@every_case
+@every_dtype
+def test_against_float64(isa, case, dtype):
+    weight, states = inputs(case, dtype)
+    check(weight, states, 0 if case.channel_dim is None else case.channel_dim)
+
+
+@every_dtype
+def test_strided_states(dtype):
+    weight = torch.randn(3, 6, dtype=dtype)
+    wide = torch.randn(3, 2, 12, 5, dtype=dtype)
+    check(weight, [wide[0, :, ::2], wide[1].transpose(1, 2)[:, :, :6].transpose(1, 2), wide[2, :, 6:].flip(1)], 1)
+
+
+def test_a_state_given_twice_gets_both_gradients():
+    x = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    y = dnl.dense_sum([x, x], torch.tensor([2.0, 3.0], dtype=torch.float64), backend="cpu")
+    assert torch.autograd.grad(y.sum(), x)[0].tolist() == [5.0] * 4
+
+
+def test_only_the_wanted_gradients_are_computed():
+    x, w = torch.randn(4), torch.randn(1, requires_grad=True)
+    y = dnl.dense_sum([x], w, backend="cpu")
+    assert not x.requires_grad and torch.autograd.grad(y.sum(), w)[0].shape == (1,)
+
+
+def test_weight_gradient_does_not_depend_on_the_thread_count():
+    weight, states = inputs(CASES["longer-than-a-tile"], torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(run(weight, states, 1, "cpu")[1])
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+X = torch.zeros(2, 3)
+ERRORS = [
+    ([], torch.zeros(1), {}, ValueError, "states is empty"),
+    (X, torch.zeros(1), {}, TypeError, "states is of type Tensor; expected a list or tuple"),
+    ([X, "x"], torch.zeros(2), {}, TypeError, r"states\[1\] is of type str"),
+    ([X, X.long()], torch.zeros(2), {}, TypeError, r"states\[1\] is of torch.int64"),
+    ([X, X.double()], torch.zeros(2), {}, TypeError, r"states\[1\] is of torch.float64; expected torch.float32"),
+    ([X, X.to("meta")], torch.zeros(2), {}, ValueError, r"states\[1\] is on meta; expected cpu"),
+    ([X, X.mT], torch.zeros(2), {}, ValueError, r"states\[1\] is of shape \[3, 2\]; expected \[2, 3\]"),
+    ([X], torch.zeros(2), {}, ValueError, r"weight is of shape \[2\]; expected \[1\] \(J\)"),
+    ([X], torch.zeros(1, 2), {}, ValueError, r"weight is of shape \[1, 2\]; expected \[1, 3\] \(J, C\)"),
+    ([X], torch.zeros(1, 3), {"channel_dim": 2}, ValueError, "channel_dim is 2; expected a dimension"),
+    ([X], torch.zeros(1).double(), {}, TypeError, "weight is of torch.float64; expected torch.float32"),
+    ([X], [1.0], {}, TypeError, "weight is of type list"),
+]
+
+
+@pytest.mark.parametrize("states, weight, keywords, error, message", ERRORS, ids=[e[-1][:40] for e in ERRORS])
+def test_bad_input_is_named(states, weight, keywords, error, message):
+    with pytest.raises(error, match=message):
+        dnl.dense_sum(states, weight, **keywords)
+
+
+def test_good_input_next_to_each_error_passes():
+    assert dnl.dense_sum((X, X), torch.ones(2)).shape == X.shape
+    assert dnl.dense_sum([X], torch.ones(1, 3), channel_dim=-1).shape == X.shape
+    assert dnl.dense_sum([X], torch.ones(1, 2), channel_dim=-2).shape == X.shape

@@ -1,0 +1,40 @@
+"""The README's claims that can be held against the code."""
+
+import pathlib
+import re
+
+from dnl_kernels import _backend
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+STATUS = {"runs", "verified by emulation", "compiled only", "planned"}
+
+
+def status_table():
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| operator |"))
+    header = [cell.strip() for cell in lines[start].strip("|").split("|")]
+    rows = {}
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[name.strip("`")] = dict(zip(header[1:], cells, strict=True))
+    return rows
+
+
+def test_the_status_table_lists_what_the_code_declares():
+    table = status_table()
+    assert set(table) == set(_backend.SUPPORTS)
+    for op, cells in table.items():
+        for backend, status in cells.items():
+            assert status in STATUS, (op, backend, status)
+            assert (status != "planned") == (backend in _backend.SUPPORTS[op]), (op, backend, status)
+            # No GPU has run any of this: only the backends of this machine may be said to run.
+            assert status != "runs" or backend in ("reference", "cpu"), (op, backend)
+
+
+def test_every_command_of_the_readme_is_a_make_target():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for command in re.findall(r"^ +make ([a-z-]+)", README, re.MULTILINE):
+        assert command in targets, command

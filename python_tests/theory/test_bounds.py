@@ -1,0 +1,159 @@
+"""Constants of Remark 1, Lemma 2, Proposition 3 and Corollary 5 as invariants: observed <= bound."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dnl_kernels import theory
+from dnl_kernels.theory import (
+    EmbeddedGaussianKernel,
+    GaussianKernel,
+    LayerMap,
+    NonLocalOperator,
+    ParameterCurves,
+    RBFKernel,
+    forward,
+    growth_constant,
+    lipschitz_constant,
+    parameter_lipschitz_constant,
+)
+
+n, c = 5, 3
+SLACK = 1 + 1e-12
+
+
+def random_case(kind, norm, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    V, M = normal(c, c), normal(c, c) * math.exp(normal(()).item())
+    h = math.exp(normal(()).item())
+    kernel = {"gaussian": GaussianKernel(), "softmax": EmbeddedGaussianKernel(M), "rbf": RBFKernel(h)}[kind]
+    y = normal(n, c) * math.exp(normal(()).item())
+    return NonLocalOperator(kernel, norm, positions=n, value=V), y
+
+
+CASES = [("gaussian", "row"), ("softmax", "row"), *(("rbf", norm) for norm in ("row", "const", "none", "sym"))]
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=st.sampled_from([*CASES, ("gaussian", "sym")]), seed=st.integers(0, 10**6))
+def test_growth(case, seed):
+    N, y = random_case(*case, seed)
+    assert N(y.reshape(-1)).norm() <= growth_constant(N, n * c) * y.norm() * SLACK
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=st.sampled_from(CASES), seed=st.integers(0, 10**6))
+def test_lipschitz_in_y(case, seed):
+    N, y = random_case(*case, seed)
+    jacobian = torch.autograd.functional.jacobian(N, y.reshape(-1))
+    radius = y.norm(dim=1).max().item()
+    assert torch.linalg.matrix_norm(jacobian, 2) <= lipschitz_constant(N, n * c, radius) * SLACK
+
+
+@settings(max_examples=30, deadline=None)
+@given(kind=st.sampled_from(["softmax", "rbf"]), value=st.booleans(), seed=st.integers(0, 10**6))
+def test_lipschitz_in_the_parameters(kind, value, seed):
+    generator = torch.Generator().manual_seed(seed)
+    kernel = EmbeddedGaussianKernel() if kind == "softmax" else RBFKernel()
+    N = NonLocalOperator(kernel, positions=n, value="curve" if value else None)
+    v = torch.randn(N.parameter_count(n * c), generator=generator, dtype=torch.float64) / 2
+    y = torch.randn(n * c, generator=generator, dtype=torch.float64) * 2
+    jacobian = torch.autograd.functional.jacobian(lambda z: N(y, z), v)
+    bound = parameter_lipschitz_constant(N, n * c, y.reshape(n, c).norm(dim=1).max().item(), v)
+    assert torch.linalg.matrix_norm(jacobian, 2) <= bound * SLACK
+
+
+def test_normalised_rbf_is_globally_lipschitz_and_dot_products_are_not():
+    """n = 2, c = 1: the Jacobian of the dot-product kernel grows like R^2 / 4, that of RBF stays below its bound."""
+    rbf, dot = NonLocalOperator(RBFKernel(1.0), positions=2), NonLocalOperator(GaussianKernel(), positions=2)
+    bound = lipschitz_constant(rbf, 2)
+    assert bound < 5
+    for radius in (1.0, 10.0, 100.0):
+        y = torch.tensor([radius, 0.0], dtype=torch.float64)
+        jacobian = torch.autograd.functional.jacobian(rbf, y)
+        assert torch.linalg.matrix_norm(jacobian, 2) <= bound
+    worst = torch.linalg.matrix_norm(torch.autograd.functional.jacobian(dot, torch.tensor([0.0, 100.0]).double()), 2)
+    assert worst > 2000
+    with pytest.raises(ValueError, match="radius must be finite"):
+        lipschitz_constant(dot, 2)
+
+
+def test_symmetric_rbf_weights_have_norm_one():
+    for _ in range(30):
+        y = torch.randn(8, 3, dtype=torch.float64) * math.exp(torch.randn(()).item())
+        w = NonLocalOperator(RBFKernel(1.0), "sym", positions=8).weights(y, torch.tensor(1.0).double())
+        eigenvalues = torch.linalg.eigvalsh(w)
+        assert torch.equal(w, w.T)
+        assert eigenvalues.min() > -1e-12
+        assert eigenvalues.max() < 1 + 1e-12
+
+
+@pytest.mark.parametrize("kernel", ["local", "gaussian", "softmax", "rbf"])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_lemma_2(kernel, activation):
+    phi = LayerMap.of(kernel, activation, positions=2)
+    for seed in range(8):
+        scale = math.exp(torch.randn(()).item())
+        curves = ParameterCurves.random_smooth(4, seed, scale=scale, vartheta=phi.parameter_count(4))
+        P, x = theory.sample_pointwise(curves, 2 + 3 * seed), torch.randn(3, 4, dtype=torch.float64)
+        bound = theory.state_bound(P, x, phi)
+        sizes = forward(P, x, phi).states.norm(dim=-1).max(1).values[1:]
+        assert (sizes <= bound.per_layer * SLACK).all()
+        assert (bound.per_layer <= bound.uniform * SLACK).all()
+
+
+def test_lemma_2_is_sharp():
+    """Equality: d = 1, b = 0, positive constants, sigma = N = id."""
+    layers, ones = 20, torch.ones(1, 1, dtype=torch.float64)
+    size = layers * (layers + 1) // 2
+    A, K = 1.5 * ones.expand(layers, 1, 1), 0.7 * ones.expand(size, 1, 1)
+    P = theory.DiscreteParameters(
+        A, 0.3 * ones.expand(layers, 1), K, 0 * ones.expand(size, 1), ones.new_zeros(layers, 0)
+    )
+    x, phi = torch.tensor([2.0], dtype=torch.float64), LayerMap(None, "identity")
+    states = forward(P, x, phi).states[1:, 0]
+    assert (states / theory.state_bound(P, x, phi).per_layer - 1).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("kernel", ["local", "rbf"])
+def test_proposition_3_and_corollary_5(kernel):
+    phi = LayerMap.of(kernel, positions=2)
+    curves = ParameterCurves.random_smooth(4, 7, scale=0.3, vartheta=phi.parameter_count(4))
+    x = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) / 2
+    solution = theory.solve_integral_equation(curves, x, phi)
+    sizes = solution.states.norm(dim=-1)
+    bound = theory.trajectory_bound(curves, x, phi)
+    assert (sizes <= bound(solution.times) * SLACK).all()
+    states = [forward(curves, x, phi, layers=layers) for layers in (4, 16, 64)]
+    largest = max(path.states.norm(dim=-1).max().item() for path in states)
+    for options in ({}, {"sup_state": max(largest, sizes.max().item())}):
+        constant = theory.convergence_constant(curves, x, phi, **options)
+        slope = (torch.diff(solution.states, dim=0).norm(dim=-1) * solution.layers).max().item()
+        assert slope <= constant.trajectory_lipschitz * SLACK
+        assert constant.start_gap == pytest.approx((x - solution.states[0]).norm().item(), rel=1e-12)
+        for path in states:
+            assert path.distance(solution) * path.layers <= constant.C * SLACK
+    sharp = theory.convergence_constant(curves, x, phi, sup_state=largest)
+    assert sharp.C < theory.convergence_constant(curves, x, phi).C
+    assert math.isfinite(sharp.C)
+
+
+def test_constants_that_do_not_exist():
+    with pytest.warns(UserWarning):
+        N = NonLocalOperator(GaussianKernel(), "const", positions=2)
+    with pytest.raises(ValueError, match="violates"):
+        growth_constant(N, 4)
+    with pytest.raises(ValueError, match="no Lipschitz constant"):
+        lipschitz_constant(NonLocalOperator(GaussianKernel(), "sym", positions=2), 4, 1.0)
+    with pytest.raises(ValueError, match="radius must be >= 0"):
+        lipschitz_constant(NonLocalOperator(RBFKernel(1.0), positions=2), 4, -1.0)
+    curves = ParameterCurves.random_smooth(2, 0)
+    with pytest.raises(ValueError, match="sigma\\(0\\) = 0"):
+        theory.trajectory_bound(curves, torch.ones(2).double(), LayerMap(None, "softplus"))
