@@ -68,13 +68,16 @@ def joined(device: str) -> Iterator[Ranks]:
     local = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    # torchrun keeps one store over its restarts: without a prefix, a new rank may read the address of a dead one there.
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt-{restarts()}", store)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
         yield Ranks(local, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 
 
-def restarted() -> bool:
-    """Whether torchrun started this process in place of a group that failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often torchrun has replaced this process's group, because a process of it failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -18,7 +18,7 @@ from . import config as settings
 from . import data, metrics, report
 from .config import Config
 from .errors import Stopped, UsageError, require
-from .ranks import Ranks, joined, restarted
+from .ranks import Ranks, joined, restarts
 from .run import Record, Run, Watch, begun, folder_of, restore
 from .screen import Screen, console
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
                 raise UsageError(
                     f"--workers is {args.workers}; expected a number >= 1, and 1 on a GPU or under torchrun"
                 )
-            resume = args.resume or restarted()
+            resume = args.resume or restarts() > 0
             sweep(config, out, ranks, resume=resume, workers=args.workers, tensorboard=args.tensorboard)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command with --resume continues from the last epoch") from None
