@@ -17,7 +17,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,33 +26,58 @@ from torch import Tensor
 MIB = 2**20
 
 
-def alternate(
+def interleave(
     competitors: Mapping[str, Callable[[], object]],
-    rounds: int = 7,
+    rounds: int = 5,
+    seconds: float = 0.0,
     warmup: int = 1,
     min_time: float = 0.02,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, float]:
-    """Median seconds per call of each competitor, one after the other in every round.
+) -> dict[str, list[float]]:
+    """Seconds per call of each competitor, one after the other in every round.
+
+    There are `rounds` of them; with `seconds`, more while these last (2 where one round takes longer).
 
     A call shorter than `min_time` seconds is repeated within its turn, so that the clock's grain does not count.
     clock: time.process_time, with one thread, is what is left to compare by on a machine that others keep busy.
     """
-    inner = {}
+    inner, total = {}, 0.0
     for name, function in competitors.items():
         for _ in range(warmup):
             function()
-        start = clock()
-        function()
-        inner[name] = max(1, int(min_time / max(clock() - start, 1e-9)))
+        once = timed(function, clock)
+        inner[name] = max(1, int(min_time / max(once, 1e-9))) if warmup else 1
+        total += max(once, min_time)
+    if seconds:
+        rounds = min(max(rounds if total < seconds else 2, int(seconds / total)), 25)
     times: dict[str, list[float]] = {name: [] for name in competitors}
     for _ in range(rounds):
         for name, function in competitors.items():
-            start = clock()
-            for _ in range(inner[name]):
-                function()
-            times[name].append((clock() - start) / inner[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+            count = inner[name]
+            times[name].append(timed(lambda f=function, n=count: [f() for _ in range(n)], clock) / count)
+    return times
+
+
+def timed(function: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call, until a GPU has finished it too."""
+    start = clock()
+    function()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def quantiles(times: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile, and how many there were."""
+    ordered = sorted(times)
+    at = [ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8)]
+    return {"median": statistics.median(ordered), "p20": at[0], "p80": at[1], "rounds": len(ordered)}
+
+
+def alternate(competitors: Mapping[str, Callable[[], object]], rounds: int = 7, **options: Any) -> dict[str, float]:
+    """Median seconds per call of each competitor; options: see `interleave`."""
+    found = interleave(competitors, rounds, **options)
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def saved_bytes(forward: Callable[[], object], exclude: Iterable[Tensor] = ()) -> int:
@@ -106,6 +132,19 @@ def peak_rss(step: Callable[[], object]) -> int | None:
         return status("VmHWM") - before
     except (OSError, AttributeError):
         return None
+
+
+def peak_memory(step: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes that `step` holds at once, above what was held before: of torch's allocator, on the CPU or of the
+    whole process if that grew by more (libraries and kernels take memory of their own)."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    return max(peak_allocated(step), peak_rss(step) or 0)
 
 
 _FMA_SOURCE = """
@@ -170,10 +209,20 @@ def copy_ceiling(mib: int = 256) -> float:
     return 2 * mib * MIB / alternate({"copy": lambda: target.copy_(source)}, rounds=5)["copy"]
 
 
+@functools.cache
+def gemm_ceiling(size: int = 1536) -> float:
+    """float32 FLOP/s of torch's own product of two large matrices."""
+    a, b = torch.randn(2, size, size)
+    out = torch.empty(size, size)
+    return 2 * size**3 / alternate({"gemm": lambda: torch.mm(a, b, out=out)}, rounds=5)["gemm"]
+
+
 def ceilings() -> dict[str, float]:
+    """What the machine can do at best, measured now."""
     return {
         "threads": torch.get_num_threads(),
         "fma_gflops": fma_ceiling() / 1e9,
+        "gemm_gflops": gemm_ceiling() / 1e9,
         "copy_gb_per_s": copy_ceiling() / 1e9,
     }
 

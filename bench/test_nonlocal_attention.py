@@ -1,202 +1,146 @@
-"""nonlocal_attention against the strongest other ways of computing the same: ratios, saved memory and the bars.
-
-As tests (`make bench`) each case records its ratios in the benchmark's extra_info. As a program,
-`python -m bench.test_nonlocal_attention [--json FILE] [PATTERN]`, it prints one table. KeOps takes part if installed.
-"""
+"""nonlocal_attention against the strongest other ways of computing the same, with the bars of the CPU kernels."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import json
+import functools
 import math
-import sys
-import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import dnl_kernels as dnl
-from bench import harness
+from bench import comparison
+from bench.comparison import COMPILE, DEVICE, SMOKE, Way, of_module, way
+from bench.peers import PlainNonLocal2d, keops_gaussian, peer, sdpa_gaussian
 
-BANDWIDTH_PER_ROOT_WIDTH = (
-    1.0  # of the Gaussian cases: bandwidth = sqrt(D), so that weights are neither flat nor one-hot
-)
+LARGE_MATRIX = 4 * 2**20  # pairs of positions, per head and sample, above which nobody writes the matrix
 
 
 class Case(NamedTuple):
-    """q, k, v: [B, 1, N, D] or, channels first, views [B, 1, N, D] of [B, D, N]. bars: ratio wanted to each peer."""
+    """q, k, v: [B, 1, N, D], or views of [B, 1, D, N]. bars: peer / ours that is aimed at."""
 
     kernel: str
     B: int
     N: int
     D: int
-    train: bool
-    bars: dict[str, float]
+    train: bool = True
+    bars: Mapping[str, float] = {}
     channels_first: bool = False
     dtype: torch.dtype = torch.float32
 
     @property
     def name(self) -> str:
-        words = [self.kernel, f"B{self.B}", f"N{self.N}", f"D{self.D}", "train" if self.train else "forward"]
+        words = [self.kernel, f"B{self.B}", f"N{self.N}", f"D{self.D}"] + ["forward"] * (not self.train)
         words += ["channels-first"] * self.channels_first + ["bf16"] * (self.dtype == torch.bfloat16)
         return "-".join(words)
 
-
-def _softmax_cases():
-    for D, forward, train in ((8, 5.0, 2.5), (16, 2.7, 2.0), (32, 2.4, 1.6), (64, 2.4, 1.5)):
-        yield Case("softmax", 16, 1024, D, False, {"sdpa": forward})
-        yield Case("softmax", 16, 1024, D, True, {"sdpa": train})
-    for D in (128, 256):
-        yield Case("softmax", 2, 1024, D, False, {"sdpa": 1 / 1.1})
-        yield Case("softmax", 2, 1024, D, True, {"sdpa": 1 / 1.1})
-    for D in (16, 64):
-        yield Case("softmax", 4, 1024, D, False, {"sdpa": 1 / 1.1}, dtype=torch.bfloat16)
-        yield Case("softmax", 4, 1024, D, True, {"sdpa": 1 / 1.1}, dtype=torch.bfloat16)
+    def smaller(self) -> Case:
+        return self._replace(B=min(self.B, 2), N=min(self.N, 64)) if SMOKE else self
 
 
 CASES = [
-    *_softmax_cases(),
+    Case("softmax", 256, 64, 16),
+    *(Case("softmax", 16, 1024, D, False, {"sdpa": bar}) for D, bar in ((8, 5.0), (16, 2.7), (32, 2.4), (64, 2.4))),
+    *(Case("softmax", 16, 1024, D, True, {"sdpa": bar}) for D, bar in ((8, 2.5), (16, 2.0), (32, 1.6), (64, 1.5))),
+    *(Case("softmax", 2, 1024, D, True, {"sdpa": 1 / 1.1}) for D in (128, 256)),
+    *(Case("softmax", 4, 1024, D, True, {"sdpa": 1 / 1.1}, dtype=torch.bfloat16) for D in (16, 64)),
     Case("softmax", 2, 56 * 56, 32, True, {"sdpa": 2.0}, channels_first=True),
-    Case("gaussian", 16, 1024, 16, True, {"softmax": 1 / 1.1}),
-    Case("gaussian", 16, 1024, 64, True, {"softmax": 1 / 1.1}),
+    *(Case("gaussian", 16, 1024, D, True, {"softmax": 1 / 1.1}) for D in (16, 64)),
     Case("gaussian", 1, 4096, 3, True, {"sdpa": 1.2, "keops": 2.0}),
     Case("gaussian", 1, 4096, 64, True, {"sdpa": 1.2, "keops": 10.0}),
+    Case("dot", 16, 1024, 32),
 ]
 
 
-def tensors(case: Case) -> list[torch.Tensor]:
+def _sdpa(q, k, v, channels_first):
+    """As users write it: what they have, seen as tokens, without a copy."""
+    if channels_first:
+        return F.scaled_dot_product_attention(q.mT, k.mT, v.mT).mT
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def comparison_of(case: Case) -> comparison.Case:
+    case = case.smaller()
     shape = (case.B, 1, case.D, case.N) if case.channels_first else (case.B, 1, case.N, case.D)
-    return [torch.randn(shape).to(case.dtype).requires_grad_(case.train) for _ in range(3)]
-
-
-def _augmented(q, k, v, bandwidth):
-    """softmax(q.k - |k|^2 / 2) through one more feature, padded to the multiple of 8 that SDPA's fast path likes."""
-    q, k = q / bandwidth, k / bandwidth
-    D = q.shape[-1]
-    bias = -k.square().sum(-1, keepdim=True) / 2
-    q = F.pad(torch.cat([q, torch.ones_like(bias)], -1), (0, -(D + 1) % 8))
-    k = F.pad(torch.cat([k, bias], -1), (0, -(D + 1) % 8))
-    v = F.pad(v, (0, q.shape[-1] - D))
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :D]
-
-
-def _keops(q, k, v, bandwidth):
-    from pykeops.torch import LazyTensor
-
-    x, y = LazyTensor(q[0, 0][:, None] / bandwidth), LazyTensor(k[0, 0][None] / bandwidth)
-    return (-((x - y) ** 2).sum(-1) / 2).sumsoftmaxweight(LazyTensor(v[0, 0][None].contiguous()), axis=1)[None, None]
-
-
-def competitors(case: Case) -> dict[str, Callable]:
-    """Functions of (q, k, v); all but the first are peers."""
-    bandwidth = BANDWIDTH_PER_ROOT_WIDTH * math.sqrt(case.D)
-    layout = "channels_first" if case.channels_first else "tokens"
+    given = [torch.randn(shape, device=DEVICE).to(case.dtype) for _ in range(3)]
+    bandwidth = math.sqrt(case.D)  # so that weights are neither flat nor one-hot
+    options: dict[str, Any] = {"kernel": case.kernel, "layout": "channels_first" if case.channels_first else "tokens"}
+    if case.kernel == "gaussian":
+        options["bandwidth"] = bandwidth
+    ours: Callable[..., Tensor] = functools.partial(dnl.nonlocal_attention, **options)
+    eager: Callable[..., Tensor] = functools.partial(ours, backend="reference")
+    sdpa = functools.partial(_sdpa, channels_first=case.channels_first)
+    found: dict[str, Way | str] = {"ours": way(ours, given)}
+    exact: Callable[..., Tensor] = eager
     if case.kernel == "softmax":
-        found = {"ours": lambda *t: dnl.nonlocal_attention(*t, layout=layout)}
-        if case.channels_first:  # as users write it: views of the images, no copy
-            found["sdpa"] = lambda *t: F.scaled_dot_product_attention(*(x.mT for x in t)).mT
-        else:
-            found["sdpa"] = F.scaled_dot_product_attention
-        return found
-    found = {
-        "ours": lambda *t: dnl.nonlocal_attention(*t, kernel="gaussian", bandwidth=bandwidth, layout=layout),
-        "softmax": lambda *t: dnl.nonlocal_attention(*t, layout=layout),
-        "sdpa": lambda *t: _augmented(*t, bandwidth),
-    }
-    if case.B == 1 and importlib.util.find_spec("pykeops"):
-        found["keops"] = lambda *t: _keops(*t, bandwidth)
-    return {name: f for name, f in found.items() if name in ("ours", *case.bars)}
+        found |= {"sdpa": way(sdpa, given)}
+        exact = sdpa
+        found["flex"] = _flex(given, case.train)
+    elif case.kernel == "gaussian":
+        augmented = functools.partial(sdpa_gaussian, bandwidth=bandwidth)
+        found |= {"sdpa": way(augmented, given), "softmax": way(dnl.nonlocal_attention, given, same=False)}
+        exact = augmented
+        if case.B == 1:
+            found["keops"] = peer("pykeops", lambda: way(functools.partial(keops_gaussian, bandwidth=bandwidth), given))
+    else:
+        found["two products"] = way(lambda q, k, v: q @ (k.mT @ v) / case.N, given)
+    if case.B * case.N**2 <= 4 * LARGE_MATRIX and case.dtype == torch.float32:
+        found["eager"] = way(eager, given)
+    pairs = case.B * case.N**2
+    flops = 4.0 * pairs * case.D if case.kernel != "dot" else 4.0 * case.B * case.N * case.D**2
+    return comparison.Case(
+        "nonlocal_attention", case.name, found, way(exact, [t.double() for t in given]), flops=flops,
+        bytes=4.0 * case.B * case.N * case.D * given[0].element_size(), backward_flops=2.5, train=case.train,
+        bars=case.bars,
+    )  # fmt: skip
 
 
-def step(function: Callable, given: list[torch.Tensor], train: bool) -> Callable[[], None]:
-    def run():
-        if not train:
-            with torch.no_grad():
-                function(*given)
-            return
-        for t in given:
-            t.grad = None
-        function(*given).sum().backward()
+def _flex(given, train: bool) -> Way | str:
+    if train:
+        return "FlexAttention cannot train on the CPU; its forward pass is in the forward cases"
+    if not COMPILE:
+        return "not asked for (it has to be compiled)"
+    from torch.nn.attention.flex_attention import flex_attention
 
-    return run
-
-
-def measure(case: Case, rounds: int = 5, clock: Callable[[], float] = time.perf_counter) -> dict:
-    """Ratios peer / ours of the median times, bytes kept for backward, and how far the results are apart."""
-    given = tensors(case)
-    found = competitors(case)
-    times = harness.alternate(
-        {name: step(f, given, case.train) for name, f in found.items()}, rounds=rounds, clock=clock
-    )
-    result = {
-        "case": case.name,
-        "ms": times["ours"] * 1e3,
-        "ratios": {},
-        "bars": case.bars,
-        "saved_mib": {},
-        "peak_mib": {},
-    }
-    expected = found["ours"](*given).detach().float()
-    for name, function in found.items():
-        if name != "ours":
-            result["ratios"][name] = times[name] / times["ours"]
-            if name != "softmax" or case.kernel == "softmax":
-                torch.testing.assert_close(function(*given).detach().float(), expected, rtol=2e-2, atol=2e-2)
-        if case.train:
-            result["saved_mib"][name] = harness.saved_bytes(lambda f=function: f(*given), given) / harness.MIB
-        peak = harness.peak_rss(step(function, given, case.train))
-        result["peak_mib"][name] = None if peak is None else peak / harness.MIB
-    products = 14 if case.train else 4
-    result["gflops"] = products * case.B * case.N**2 * case.D / times["ours"] / 1e9
-    return result
+    return way(torch.compile(flex_attention, dynamic=False), given)
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_ratio(case, benchmark):
-    benchmark.extra_info.update(measure(case))
-    benchmark.pedantic(step(competitors(case)["ours"], tensors(case), case.train), rounds=3, warmup_rounds=1)
+def test_nonlocal_attention(record, case):
+    record(comparison_of(case))
 
 
-def _mib(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def test_nonlocal2d(record):
+    """Wang et al.'s block, 64 channels, 56 x 56, as a training step."""
+    channels, inner, size = 64, 32, 8 if SMOKE else 56
+    ours = dnl.NonLocal2d(channels, inner, zero_init=False).to(DEVICE)
+    plain = PlainNonLocal2d(ours.theta, ours.phi, ours.g, ours.out, ours.norm)
+    x = torch.randn(2, channels, size, size, device=DEVICE).requires_grad_()
 
+    def mmcv():
+        from mmcv.cnn import NonLocal2d
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("pattern", nargs="?", default="")
-    parser.add_argument("--json")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cpu-time", action="store_true", help="one thread, processor time: for a machine in use")
-    options = parser.parse_args(arguments)
-    if options.cpu_time:
-        torch.set_num_threads(1)
-    torch.manual_seed(0)
-    report = {"torch": torch.__version__, "ceilings": harness.ceilings(), "cases": []}
-    print({k: round(v, 1) for k, v in report["ceilings"].items()})
-    for case in CASES:
-        if options.pattern not in case.name:
-            continue
-        row = measure(case, options.rounds, time.process_time if options.cpu_time else time.perf_counter)
-        report["cases"].append(row)
-        for peer, ratio in row["ratios"].items():
-            verdict = "meets" if ratio >= case.bars[peer] else "misses"
-            memory = " ".join(
-                f"{what} {_mib(row[key].get('ours'))} MiB (peer {_mib(row[key].get(peer))})"
-                for what, key in (("saved", "saved_mib"), ("peak", "peak_mib"))
-            )
-            rate = f"{row['gflops']:.0f} GFLOP/s"
-            print(
-                f"{case.name:44s} {peer:8s} {ratio:5.2f}x {verdict} {case.bars[peer]:.2f}x  {rate}  {memory}",
-                flush=True,
-            )
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(report, file, indent=1)
+        block = NonLocal2d(channels, mode="embedded_gaussian", norm_cfg={"type": "BN"}, zeros_init=False)
+        names = {"theta": "theta.conv", "phi": "phi.conv", "g": "g.conv", "out": "conv_out.conv", "norm": "conv_out.bn"}
+        for name, other in names.items():
+            target, source = block.get_submodule(other), getattr(ours, name)
+            state = {k: v for k, v in source.state_dict().items() if k in target.state_dict()}
+            target.load_state_dict(state)
+        return of_module(block.to(DEVICE), x)._replace(leaves=[x])
 
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    exact_x = x.detach().double().requires_grad_()
+    twin = dnl.NonLocal2d(channels, inner, zero_init=False).to(DEVICE)
+    twin.load_state_dict(ours.state_dict())
+    twin.double()
+    exact = of_module(PlainNonLocal2d(twin.theta, twin.phi, twin.g, twin.out, twin.norm), exact_x)
+    found: dict[str, Way | str] = {
+        "ours": of_module(ours, x)._replace(leaves=[x]),
+        "matmul and softmax": of_module(plain, x)._replace(leaves=[x]),
+        "mmcv": peer("mmcv", mmcv),
+    }
+    record(comparison.Case("NonLocal2d", f"C{channels}-{size}x{size}-B2", found, exact._replace(leaves=[exact_x]),
+                           bars={"matmul and softmax": 2.0}))  # fmt: skip

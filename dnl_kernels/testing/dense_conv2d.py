@@ -41,6 +41,16 @@ CASES = {
     "empty-batch": Case(0, (3, 2), 4, 5, 3),
     "wide-rows": Case(1, (2,), 3, 1500, 2, activation="gelu"),
 }
+# For the benchmarks, beside the cases above.
+SIZES = {
+    "growth-6": Case(32, (12, *(6,) * 8), 32, 32, 6, bias=False),
+    "growth-12": Case(32, (24, *(12,) * 8), 16, 16, 12, bias=False),
+    "bottleneck-1x1": Case(4, (64, 32, 32, 32), 56, 56, 128, size=1, bias=False),
+    "bottleneck-3x3": Case(4, (128,), 56, 56, 32, bias=False),
+    "cache-busting": Case(16, (32, 32), 112, 112, 12, bias=False),
+}
+
+
 NAMES = ("weight", "bias", "norm_scale", "norm_shift")
 
 

@@ -35,6 +35,15 @@ CASES = {
 }
 
 
+# For the benchmarks, beside the cases above.
+SIZES = {
+    "tokens-8-states": Case((8, 256), (64,) * 8, 64),
+    "tokens-8-states-preactivation": Case((8, 256), (64,) * 8, 64, norm=True, activation="relu"),
+    "wide": Case((4, 256), (512,) * 4, 512),
+    "cache-busting": Case((32, 1024), (64,) * 8, 32, norm=True, activation="relu"),
+}
+
+
 def inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor | list[Tensor] | None]:
     """The tensors of the case by argument name, drawn from torch's generator."""
 

@@ -30,6 +30,15 @@ CASES = {
 }
 
 
+# For the benchmarks, beside the cases above: from what fits in a cache to what does not.
+SIZES = {
+    "transformer-12-layers": Case((8, 256, 512), 12),
+    "tokens-48-layers": Case((1024, 512), 48),
+    "images-channels-8": Case((16, 64, 28, 28), 8, 1),
+    "cache-busting": Case((32, 1024, 512), 4),
+}
+
+
 def inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, list[Tensor]]:
     """weight and states of the case, drawn from torch's generator."""
     channels = () if case.channel_dim is None else (case.shape[case.channel_dim],)

@@ -45,6 +45,16 @@ CASES = {
 }
 
 
+# For the benchmarks, beside the cases above.
+SIZES = {
+    "local-16x16": Case((16, 16), (16,) * 4, 16, preactivation=True, biases=False, batch=16),
+    "softmax-16x16": Case((16, 16), (16,) * 4, 16, size=1, kernel="softmax", preactivation=True, biases=False, batch=16),
+    "softmax-32x32": Case((32, 32), (16,) * 4, 16, size=1, kernel="softmax", preactivation=True, biases=False, batch=8),
+    "gaussian-32x32": Case((32, 32), (16,) * 4, 16, size=1, kernel="gaussian", activation="relu", biases=False, batch=8),
+    "softmax-tokens-2048": Case((2048,), (32,) * 4, 32, kernel="softmax", heads=4, activation="relu", batch=2),
+}
+
+
 def inputs(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The states, and every other tensor by the name of its argument (theta's as "theta.query_weight" ..)."""
 

@@ -1,0 +1,157 @@
+"""One piece of work, several ways to do it: checked against float64, timed in turn, weighed, and recorded as one row.
+
+A row is plain data (JSON in pytest-benchmark's `extra_info`); what is printed of it is bench/report.py's business.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch
+
+from bench import harness
+from dnl_kernels.testing.budget import relative_error
+
+DEVICE = os.environ.get("DNL_BENCH_DEVICE", "cpu")
+SMOKE = os.environ.get("DNL_BENCH_SMOKE") == "1"  # every benchmark once, as a test that it works
+COMPILE = os.environ.get("DNL_BENCH_COMPILE", "1") == "1" and not SMOKE
+PHASES = ("forward", "backward", "both")
+
+
+class Way(NamedTuple):
+    """call(): the output, from `leaves`, which are differentiated; parameters: leaves that do not count as memory kept
+    for backward. same: whether it computes the function of the case (else it is a point of reference only)."""
+
+    call: Callable[[], Tensor]
+    leaves: Sequence[Tensor]
+    parameters: Sequence[Tensor] = ()
+    same: bool = True
+
+
+class Case(NamedTuple):
+    """ways: by name, "ours" first; a string in place of a Way says why it is absent. exact: the same in float64 (None:
+    the first peer in the working dtype stands in for it). flops, bytes: of the forward pass, each tensor counted once.
+    backward_flops: as a multiple of the forward's. bars: peer / ours that is aimed at, of the last phase."""
+
+    operator: str
+    name: str
+    ways: Mapping[str, Way | str]
+    exact: Way | None = None
+    flops: float = 0.0
+    bytes: float = 0.0
+    backward_flops: float = 2.0
+    train: bool = True
+    bars: Mapping[str, float] = {}
+
+
+def way(function: Callable[..., Tensor], tensors: Sequence[Tensor | None], **options: Any) -> Way:
+    """function(*tensors), differentiated by every one of them that is not None."""
+    given = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    return Way(lambda: function(*given), [t for t in given if t is not None], **options)
+
+
+def of_module(module: torch.nn.Module, *inputs: Tensor, train: bool = True, **options: Any) -> Way:
+    """module(*inputs), differentiated by its parameters and by floating inputs that want it."""
+    module.train(train)
+    parameters = list(module.parameters())
+    leaves = [t for t in inputs if t.requires_grad]
+    return Way(lambda: module(*inputs), [*leaves, *parameters], parameters, **options)
+
+
+def compiled(one: Way, function: Callable[[], Tensor] | None = None) -> Way | str:
+    """The way compiled by torch.compile with static shapes, or why it is not."""
+    if not COMPILE:
+        return "not asked for (DNL_BENCH_COMPILE=0, or a smoke run)"
+    return one._replace(call=torch.compile(function or one.call, dynamic=False))
+
+
+def steps(one: Way, train: bool) -> dict[str, Callable[[], object]]:
+    """The phases as functions to be timed."""
+
+    def forward():
+        with torch.no_grad():
+            return one.call()
+
+    if not train:
+        return {"forward": forward}
+    output = one.call()
+    cotangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output).reshape(output.shape)
+
+    def both():
+        return torch.autograd.grad(one.call(), one.leaves, cotangent, allow_unused=True)
+
+    def backward():
+        return torch.autograd.grad(output, one.leaves, cotangent, retain_graph=True, allow_unused=True)
+
+    return {"forward": forward, "backward": backward, "both": both}
+
+
+def results(one: Way, train: bool) -> list[Tensor]:
+    """The output and, in training, every gradient."""
+    output = one.call()
+    if not train:
+        return [output.detach()]
+    cotangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output).reshape(output.shape)
+    found = torch.autograd.grad(output, one.leaves, cotangent, allow_unused=True)
+    return [output.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(one.leaves, found, strict=True))]
+
+
+def errors(ways: Mapping[str, Way], case: Case) -> dict[str, float]:
+    """The largest relative error over output and gradients of each way that computes the function of the case.
+
+    A gradient that is zero but for rounding counts in proportion to the largest one."""
+    exact = results(case.exact or next(w for name, w in ways.items() if name != "ours"), case.train)
+    largest = max((e.abs().max().item() for e in exact if e.numel()), default=0.0)
+
+    def error(actual: Tensor, reference: Tensor) -> float:
+        size = reference.abs().max().item() if reference.numel() else 0.0
+        return relative_error(actual, reference) * min(1.0, (size or 1.0) / (1e-6 * largest or 1.0))
+
+    return {
+        name: max(error(a, e) for a, e in zip(results(one, case.train), exact, strict=True))
+        for name, one in ways.items()
+        if one.same
+    }
+
+
+def measure(case: Case, seconds: float = 3.0, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
+    """The row of a case. seconds: about what the timed rounds of one phase may take."""
+    functorch.donated_buffer = False  # else a compiled backward cannot be timed apart from its forward
+    ways = {name: w for name, w in case.ways.items() if isinstance(w, Way)}
+    first = {name: harness.timed(lambda w=w: results(w, case.train), clock) for name, w in ways.items()}
+    found = errors(ways, case)
+    # The tests hold kernels to twice eager's error; here a wrong kernel is to be told from a right one.
+    peer = max((e for name, e in found.items() if name != "ours"), default=0.0) if case.exact else 0.0
+    rounding = 2 * torch.finfo(ways["ours"].leaves[0].dtype).eps
+    allowed = 10 * (peer + rounding) if case.exact else max(2e-4, 10 * rounding)
+    row: dict[str, Any] = {
+        "operator": case.operator, "case": case.name, "train": case.train, "device": DEVICE,
+        "dtype": str(ways["ours"].leaves[0].dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+        "check": {"passed": found["ours"] <= allowed, "error": found["ours"], "allowed": allowed},
+        "flops": {"forward": case.flops, "backward": case.flops * case.backward_flops},
+        "bytes": {"forward": case.bytes}, "bars": dict(case.bars),
+        "absent": {name: w for name, w in case.ways.items() if isinstance(w, str)}, "ways": {},
+    }  # fmt: skip
+    timed = {name: steps(w, case.train) for name, w in ways.items()}
+    for name, one in ways.items():
+        row["ways"][name] = {"first_call_s": first[name], "error": found.get(name), **_memory(one, timed[name], case)}
+    for phase in PHASES if case.train else ("forward",):
+        found_times = harness.interleave(
+            {name: functions[phase] for name, functions in timed.items()},
+            seconds=0.0 if SMOKE else seconds, rounds=1 if SMOKE else 5, warmup=0 if SMOKE else 1, clock=clock,
+        )  # fmt: skip
+        for name, times in found_times.items():
+            row["ways"][name][phase] = harness.quantiles(times)
+    torch._dynamo.reset()
+    return row
+
+
+def _memory(one: Way, functions: Mapping[str, Callable[[], object]], case: Case) -> dict[str, float | None]:
+    peak = harness.peak_memory(functions["both" if case.train else "forward"], DEVICE)
+    kept = harness.saved_bytes(one.call, [*one.leaves, *one.parameters]) if case.train else None
+    return {"saved_bytes": kept, "peak_bytes": peak}

@@ -1,0 +1,167 @@
+"""Whole networks: a training step of ours against the same network in plain torch and in the packages users pick."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from bench.comparison import DEVICE, SMOKE, Case, Way, of_module
+from bench.peers import PlainAttentionBlock, PlainDenseBlock, hyper_connections, peer
+from dnl_kernels.nn import DenseSum, DNLBlock, DNLNet, convert_densenet
+
+SECONDS = 6.0
+
+
+def loss_way(model: nn.Module, x: torch.Tensor, **options) -> Way:
+    labels = torch.arange(len(x), device=x.device) % 10
+    base = of_module(model, x, **options)
+    return base._replace(call=lambda: nn.functional.cross_entropy(model(x), labels))
+
+
+def plain(network: DNLNet) -> DNLNet:
+    """A copy with each dense block in plain torch, and the same weights."""
+    twin = copy.deepcopy(network)
+    for i, block in enumerate(network.blocks):
+        config = block.config
+        other = PlainDenseBlock(config.in_channels, config.num_layers, config.growth_rate)
+        for norm, conv, layer in zip(other.norms, other.convs, block.layers, strict=True):
+            norm.load_state_dict(layer.norm.state_dict())
+            conv.load_state_dict(layer.affine.state_dict())
+        twin.blocks[i] = other.to(DEVICE)
+    return twin
+
+
+@pytest.mark.parametrize("layers", [8, 16, 32])
+def test_paper_densenet(record, layers):
+    batch, size = (2, 8) if SMOKE else (64, 28) if layers < 32 else (32, 28)
+    network = DNLNet.paper(num_layers=layers).to(DEVICE)
+    x = torch.rand(batch, 3, size, size, device=DEVICE)
+    twin = plain(network)
+    exact = copy.deepcopy(twin).double()
+    ways = {"ours": loss_way(network, x), "eager": _ordered(loss_way(twin, x), twin, network),
+            "compile": "compiling a training step of these networks takes many minutes"}  # fmt: skip
+    bars = {"eager": 3.5} if layers == 16 else {}
+    reference = _ordered(loss_way(exact, x.double()), exact, network)
+    record(Case("network", f"paper-L{layers}-28x28-B{batch}", ways, reference, bars=bars), SECONDS)
+
+
+def _ordered(one: Way, plain_network: nn.Module, network: nn.Module) -> Way:
+    """The way's leaves in the order of `network`'s parameters."""
+    of = dict(plain_network.named_parameters())
+
+    def name(ours: str) -> str:
+        head, _, rest = ours.partition(".layers.")
+        if not rest:
+            return ours
+        index, kind, leaf = rest.split(".")
+        return f"{head}.{'norms' if kind == 'norm' else 'convs'}.{index}.{leaf}"
+
+    return one._replace(leaves=[of[name(n)] for n, _ in network.named_parameters()])
+
+
+def test_densenet121(record):
+    import torchvision
+
+    batch, size = (2, 64) if SMOKE else (4, 224)
+    model = torchvision.models.densenet121(num_classes=10).to(DEVICE)
+    x = torch.randn(batch, 3, size, size, device=DEVICE)
+    ours, lean = convert_densenet(copy.deepcopy(model)), torchvision.models.densenet121(
+        memory_efficient=True, num_classes=10
+    ).to(DEVICE)  # fmt: skip
+    lean.load_state_dict(model.state_dict())
+
+    def timm(**options):
+        import timm
+
+        return loss_way(timm.create_model("densenet121", num_classes=10, **options).to(DEVICE), x, same=False)
+
+    plain_way = loss_way(model, x)
+    # Converted blocks have the same parameters in the same order.
+    ways = {
+        "ours": loss_way(ours, x),
+        "torchvision": plain_way,
+        "torchvision memory_efficient": loss_way(lean, x),
+        "timm": peer("timm", timm),
+        "timm memory_efficient": peer("timm", lambda: timm(memory_efficient=True)),
+    }
+    exact = loss_way(copy.deepcopy(model).double(), x.double())
+    record(Case("network", f"densenet121-B{batch}-{size}", ways, exact, bars={"torchvision": 1.0}), SECONDS)
+
+
+def test_dense_attention(record):
+    """A block of 8 dense softmax layers on 32 x 32 images: bars of the CPU issue."""
+    batch, size = (2, 8) if SMOKE else (8, 32)
+    block = DNLBlock(16, 8, 16, affine="conv1x1", kernel="softmax").to(DEVICE)
+    twin = PlainAttentionBlock(16, 8, 16).to(DEVICE)
+    for i, layer in enumerate(block.layers):
+        twin.norms[i].load_state_dict(layer.norm.state_dict())
+        with torch.no_grad():
+            twin.convs[i].weight.copy_(layer.affine.weight)
+            parts = [layer.query.weight, layer.key.weight, layer.value.weight]
+            twin.projections[i].weight.copy_(torch.cat(parts))
+            twin.outputs[i].weight.copy_(layer.output.weight)
+    x = torch.randn(batch, 16, size, size, device=DEVICE)
+    leaves = x.clone().requires_grad_()
+    ways = {"ours": of_module(block, leaves), "eager": of_module(twin, leaves)}
+    exact_x = x.double().requires_grad_()
+    exact = of_module(copy.deepcopy(twin).double(), exact_x)
+    # Parameters are stored differently, so the output and the gradient of x are what is compared.
+    ways = {name: one._replace(leaves=[leaves]) for name, one in ways.items()}
+    record(Case("network", f"dense-attention-L8-{size}x{size}-B{batch}", ways, exact._replace(leaves=[exact_x]),
+                bars={"eager": 3.0}), SECONDS)  # fmt: skip
+
+
+class Transformer(nn.Module):
+    """`layers` pre-norm blocks; `mix` makes every block's input a weighted sum of all earlier states."""
+
+    def __init__(self, layers: int, width: int, mix: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 2 * width, 0.0, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.mix = DenseSum(layers + 1) if mix else None
+        self.weight = None if mix else nn.Parameter(torch.eye(layers + 1))
+
+    def forward(self, x):
+        if self.mix is not None:
+            history = self.mix.history(x)
+            y = self.mix(history)
+            for block in self.blocks:
+                history.append(block(y))
+                y = self.mix(history)
+            return y
+        states, y = [x], self.weight[0, 0] * x
+        for i, block in enumerate(self.blocks):
+            states.append(block(y))
+            y = sum(self.weight[i + 1, j] * state for j, state in enumerate(states))
+        return y
+
+
+def test_depth_weighted_transformer(record):
+    """12 layers with sums over depth, by DenseSum and by hand; hyper-connections as another way to connect depth."""
+    layers, width, shape = 12, 256, (2, 16) if SMOKE else (8, 128)
+    ours, twin = (Transformer(layers, width, mix).to(DEVICE) for mix in (True, False))
+    twin.blocks.load_state_dict(ours.blocks.state_dict())
+    x = torch.randn(*shape, width, device=DEVICE)
+    a = x.clone().requires_grad_()
+
+    def ordered(model, leaf):
+        weight = model.mix.weight if model.mix is not None else model.weight
+        one = of_module(model, leaf)
+        return one._replace(leaves=[leaf, weight, *model.blocks.parameters()])
+
+    exact_x, exact = x.double().requires_grad_(), copy.deepcopy(twin).double()
+
+    def streams():
+        def branch():
+            return nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            )
+
+        return of_module(hyper_connections(layers, width, branch), a, same=False)
+
+    ways = {"ours": ordered(ours, a), "eager": ordered(twin, a),
+            "hyper-connections (feed-forward blocks only)": peer("hyper_connections", streams)}  # fmt: skip
+    record(Case("network", "depth-weighted-transformer-L12", ways, ordered(exact, exact_x)), SECONDS)
