@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PARALLEL := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: help demo test lint bench build sanitize install-check cuda-check test-gpu bench-gpu clean
+.PHONY: help demo test lint bench bench-smoke build sanitize install-check cuda-check test-gpu bench-gpu clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -44,8 +44,12 @@ install-check: build ## every way of installing, in environments that lack somet
 cuda-check: build ## compile every GPU kernel without a GPU and hold it to its budget
 	$(BIN)/python -m dnl_kernels.testing.triton_gate
 
-bench: build ## the benchmarks on this machine
-	$(BIN)/python -m pytest bench --benchmark-enable
+bench: build ## the benchmarks on this machine (20 minutes on two cores), rendered into docs/benchmarks
+	$(BIN)/python -m pytest bench --benchmark-json=docs/benchmarks/cpu.json
+	$(BIN)/python -m bench.report docs/benchmarks/cpu.json
+
+bench-smoke: build ## every benchmark once, on small sizes: that they work, and that what they time is right
+	$(PARALLEL) DNL_BENCH_SMOKE=1 $(BIN)/python -m pytest bench --benchmark-disable-gc
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) build dist out dnl_kernels/_C*.so dnl_kernels/_cuda.so *.egg-info

@@ -46,11 +46,12 @@ CASES = {
 
 
 # For the benchmarks, beside the cases above.
+_POINTWISE = Case((16, 16), (16,) * 4, 16, size=1, kernel="softmax", preactivation=True, biases=False, batch=16)
 SIZES = {
     "local-16x16": Case((16, 16), (16,) * 4, 16, preactivation=True, biases=False, batch=16),
-    "softmax-16x16": Case((16, 16), (16,) * 4, 16, size=1, kernel="softmax", preactivation=True, biases=False, batch=16),
-    "softmax-32x32": Case((32, 32), (16,) * 4, 16, size=1, kernel="softmax", preactivation=True, biases=False, batch=8),
-    "gaussian-32x32": Case((32, 32), (16,) * 4, 16, size=1, kernel="gaussian", activation="relu", biases=False, batch=8),
+    "softmax-16x16": _POINTWISE,
+    "softmax-32x32": _POINTWISE._replace(positions=(32, 32), batch=8),
+    "gaussian-32x32": _POINTWISE._replace(positions=(32, 32), batch=8, kernel="gaussian"),
     "softmax-tokens-2048": Case((2048,), (32,) * 4, 32, kernel="softmax", heads=4, activation="relu", batch=2),
 }
 

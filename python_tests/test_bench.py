@@ -1,0 +1,96 @@
+"""What the benchmark suite says of its measurements: bench/report.py and bench/compare.py on made-up results."""
+
+import copy
+import json
+import math
+
+import pytest
+
+from bench import compare, report, results
+from bench.harness import quantiles
+from bench.test_scaling import exponent
+
+
+def row(**changes):
+    """Ours 2 ms, eager 3 ms, compiled 1 ms; the check passed."""
+
+    def way(seconds, error):
+        times = {phase: quantiles([seconds]) for phase in ("forward", "backward", "both")}
+        return {**times, "first_call_s": 0.5, "error": error, "saved_bytes": 2**20, "peak_bytes": 2**21}
+
+    base = {
+        "operator": "dense_sum", "case": "odd", "train": True, "device": "cpu", "dtype": "float32", "threads": 2,
+        "check": {"passed": True, "error": 1e-7, "allowed": 1e-6},
+        "flops": {"forward": 2e6, "backward": 4e6}, "bytes": {"forward": 1e6}, "bars": {"eager": 2.0, "compile": 0.4},
+        "absent": {"keops": "pykeops is not installed"},
+        "ways": {"ours": way(2e-3, 1e-7), "eager": way(3e-3, 1e-7), "compile": way(1e-3, 2e-7)},
+    }  # fmt: skip
+    return {**base, **changes}
+
+
+def result(path, *rows):
+    machine = {"dnl": {"versions": {"torch": "2"}, "ceilings": {"fma_gflops": 100.0, "copy_gb_per_s": 10.0}}}
+    benchmarks = [{"extra_info": one} for one in rows]
+    path.write_text(json.dumps({"machine_info": machine, "commit_info": {"id": "abc"}, "benchmarks": benchmarks}))
+    return str(path)
+
+
+def slower(one, factor):
+    found = copy.deepcopy(one)
+    for phase in ("forward", "backward", "both"):
+        found["ways"]["ours"][phase] = {k: v * factor for k, v in found["ways"]["ours"][phase].items()}
+    return found
+
+
+def test_the_report_shows_winners_losers_bars_and_absent_peers(tmp_path):
+    report.main([result(tmp_path / "r.json", row()), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "0.50 (compile)" in text  # the strongest peer wins, and that is shown
+    assert "eager 2: missed, compile 0.4: met" in text
+    assert "pykeops is not installed" in text and "commit abc" in text
+    assert "3%" in text  # 6e6 FLOP in 2 ms are 3 of 100 GFLOP/s
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "speed.png", "memory.png"}
+
+
+def test_no_speed_up_is_printed_for_a_result_that_is_wrong(tmp_path):
+    wrong = row(check={"passed": False, "error": 1.0, "allowed": 1e-6})
+    report.main([result(tmp_path / "r.json", wrong), "--out", str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert "check failed" in text and "(compile)" not in text and ": missed" not in text and ": met" not in text
+
+
+def test_a_peer_that_computes_something_else_is_no_rival():
+    other = row()
+    other["ways"]["compile"]["error"] = 0.3
+    assert results.strongest(other, "both") == "eager"
+    other["ways"]["eager"]["error"] = None
+    assert results.strongest(other, "both") is None
+
+
+def test_compare_finds_a_regression_beyond_noise_and_only_that(tmp_path, capsys):
+    old = result(tmp_path / "old.json", row(), row(case="tiny"))
+    assert compare.main([old, old]) == 0
+    assert "no regression in 2 cases" in capsys.readouterr().out
+    assert compare.main([old, result(tmp_path / "a.json", slower(row(), 1.05), row(case="tiny"))]) == 0
+    assert compare.main([old, result(tmp_path / "b.json", slower(row(), 1.5), row(case="tiny"))]) == 1
+    assert "dense_sum odd both: 1.50x of its peer before, 1.00x now" in capsys.readouterr().out
+    noisy = slower(row(), 1.5)
+    for phase in results.phases(noisy):
+        noisy["ways"]["ours"][phase]["p20"] = 1e-3
+    assert compare.main([old, result(tmp_path / "c.json", noisy)]) == 0
+    wrong = row(check={"passed": False, "error": 1.0, "allowed": 1e-6})
+    assert compare.main([old, result(tmp_path / "d.json", wrong)]) == 1
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    for path in ("x.json", "absent.json"):
+        with pytest.raises(SystemExit, match=f"{path} is not a result"):
+            results.load([tmp_path / path])
+    with pytest.raises(SystemExit, match="no benchmark"):
+        report.main([result(tmp_path / "empty.json"), "--out", str(tmp_path)])
+
+
+def test_the_exponent_is_a_slope_of_logarithms():
+    values = (4, 8, 16, 32)
+    assert math.isclose(exponent(values, [3.0 * v**1.5 for v in values]), 1.5)
