@@ -57,8 +57,16 @@ class Config:
         "float32", "bfloat16: autocast, weights stay float32", kind=str, choices=("float32", "bfloat16")
     )
     compile: bool = option(False, "torch.compile the network", kind=bool)
+    channels_last: bool = option(False, "images and weights with channels innermost in memory", kind=bool)
     backend: str | None = option(
         None, "kernels to use, best available where not given", kind=str, choices=("reference", "cpu", "triton", "cuda")
+    )
+    parallel: str = option(
+        "ddp",
+        "under torchrun: weights whole on every rank, or sharded (FSDP2)",
+        kind=str,
+        same=False,
+        choices=("ddp", "fsdp"),
     )
     device: str = option("cpu", "cpu or cuda", kind=str, same=False, choices=("cpu", "cuda"))
     threads: int | None = option(None, "CPU threads, torch's choice where not given", kind=int, same=False, at_least=1)

@@ -1,4 +1,7 @@
-"""The image sets, held in memory as bytes; a step gathers its images and scales them to [0, 1]."""
+"""The image sets, held as bytes in the memory of the device that trains; a step gathers its images there and scales
+them to [0, 1]. So nothing crosses from host to GPU but the order of the images, once per epoch, and there is no loader
+to wait for and nothing to pin. The largest set has 225 MB.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """Data-parallel training under torchrun: the same program on every rank, each with its share of every batch.
 
 The shares of a batch depend on its order and the number of ranks only. Gradients are averaged with the weight of each
-share, so that a step is that of one process on the whole batch, to rounding; batch norm is the exception, it takes the
-statistics of each rank's own share (and rank 0's running statistics are the ones kept).
+share, so that a step is that of one process on the whole batch, to rounding. Batch norm is the exception: it normalises
+by the statistics of each rank's own share, as DistributedDataParallel does by itself, and the running statistics are
+averaged over the ranks after every epoch. There is no SyncBatchNorm: DNLBlock takes the statistics of a state once, in
+the pass that writes it, for all layers that read it, and a sum over ranks would have to happen inside that pass.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from .errors import UsageError
 
@@ -39,9 +43,36 @@ class Ranks(NamedTuple):
         """Of this rank's mean loss, so that the average over ranks is the mean loss of the batch."""
         return self.size * len(self.share(batch)) / len(batch)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with its gradients averaged over the ranks."""
-        return nn.parallel.DistributedDataParallel(model) if self.size > 1 else model
+    def wrap(self, model: nn.Module, how: str = "ddp") -> nn.Module:
+        """The model with its gradients averaged over the ranks; for "fsdp" with its parameters shared out to them,
+        each block gathering its own while it runs.
+        """
+        if self.size == 1:
+            return model
+        if how == "ddp":
+            return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        for block in blocks(model):
+            fully_shard(block, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    @contextlib.contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """Inside, the parameters of the blocks are whole on every rank."""
+        sharded = [block for block in blocks(model) if isinstance(block, FSDPModule)]
+        for block in sharded:
+            block.unshard()
+        yield
+        for block in sharded:
+            block.reshard()
+
+    @torch.no_grad()
+    def average_statistics(self, model: nn.Module) -> None:
+        """Gives all ranks the mean of their running statistics."""
+        if self.size > 1:
+            for buffer in filter(Tensor.is_floating_point, model.buffers()):
+                dist.all_reduce(buffer)
+                buffer.div_(self.size)
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of `value` over the ranks."""
@@ -55,6 +86,12 @@ class Ranks(NamedTuple):
         if self.size > 1:
             dist.broadcast_object_list(values)
         return values[0]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    from ..nn import DNLBlock
+
+    return [module for module in model.modules() if isinstance(module, DNLBlock)]
 
 
 @contextlib.contextmanager

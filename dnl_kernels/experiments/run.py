@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from . import checkpoint, model
 from .config import Config
@@ -99,16 +100,21 @@ class Run:
         floor = model.flops(config, self.depth, self.data) / (matmul_rate(ranks.device, config.precision) * ranks.size)
         torch.manual_seed(derive(config.seed, self.depth, self.repeat))
         network = model.build(config, self.depth, self.data).to(ranks.device)
-        optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=config.momentum)
-        state = ranks.from_main(restore(config, self.folder, self.watch) if ranks.main else None)
-        history: list[Record] = []
-        if state is not None:
-            network.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            history = state["history"]
-        parallel = ranks.wrap(network)
-        call: Any = torch.compile(parallel) if config.compile else parallel
         fixed = {"depth": self.depth, "repeat": self.repeat, "parameters": sum(p.numel() for p in network.parameters())}
+        if config.channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        parallel = ranks.wrap(network, config.parallel)
+        optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=config.momentum)
+        found = ranks.from_main(restore(config, self.folder, self.watch) if ranks.main else None)
+        history: list[Record] = []
+        if found is not None:
+            state = tensors(parallel, optimizer)
+            checkpoint.load(found.path, state, ranks)
+            set_state_dict(
+                parallel, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+            history = found.facts["history"]
+        call: Any = torch.compile(parallel) if config.compile else parallel
 
         for epoch in range(len(history) + 1, config.epochs + 1):
             self.watch.begin(self.depth, self.repeat, epoch)
@@ -116,12 +122,12 @@ class Run:
             losses = self.epoch(epoch, network, call, optimizer)
             seconds = time.perf_counter() - started
             rate = len(self.data.labels) / seconds
-            tests = evaluate(network, self.test) if self.test else {}
+            ranks.average_statistics(network)
+            tests = evaluate(parallel, self.test, ranks) if self.test else {}
             speed = {"seconds": seconds, "images_per_second": rate, "share_of_matmul_rate": rate * floor}
             history.append(fixed | {"epoch": epoch} | losses | tests | speed)
-            if ranks.main:
-                state = {"model": network.state_dict(), "optimizer": optimizer.state_dict()}
-                checkpoint.save(self.folder, epoch, state | {"history": history, "config": config.fixed()})
+            facts = {"history": history, "config": config.fixed()}
+            checkpoint.save(self.folder, epoch, tensors(parallel, optimizer), facts, ranks)
             self.watch.epoch(history[-1])
         return history
 
@@ -138,14 +144,18 @@ class Run:
         polled = started
         for step, batch in enumerate(order, 1):
             images, labels = data.batch(ranks.share(batch))
+            if config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 loss = nn.functional.cross_entropy(call(images), labels)
             losses[step - 1] = loss.detach() * len(labels)
             objective = loss * ranks.weight(batch)
-            if config.regularizer:
-                objective = objective + config.regularizer * model.regularizer(network)
             optimizer.zero_grad()
-            objective.backward()
+            if config.regularizer:
+                with ranks.gathered(network):
+                    (objective + config.regularizer * model.regularizer(network)).backward()
+            else:
+                objective.backward()
             optimizer.step()
             seen, all_seen, now = seen + len(labels), all_seen + len(batch), time.perf_counter()
             if now - polled > POLL or step == len(order):
@@ -154,7 +164,10 @@ class Run:
                 mean = losses.double().sum().item() / seen
                 self.watch.step(step, len(order), mean, all_seen / (now - started))
         total = {"train_loss": ranks.total(losses.double().sum()).item() / len(data.labels)}
-        return total | ({"regularizer": model.regularizer(network).item()} if config.regularizer else {})
+        if config.regularizer:
+            with torch.no_grad(), ranks.gathered(network):
+                total["regularizer"] = model.regularizer(network).item()
+        return total
 
     def check_finite(self, losses: Tensor, epoch: int) -> None:
         """Raises Stopped, with the place and the checkpoint to go back to, where a loss is not finite."""
@@ -167,34 +180,44 @@ class Run:
             )
 
 
-def restore(config: Config, folder: pathlib.Path, watch: Watch) -> dict[str, Any] | None:
-    """The state that the run in `folder` continues from; None where it starts."""
-    state = checkpoint.latest(folder, watch.say)
-    if state is not None:
-        config.check_same(state["config"], folder)
-    return state
+def tensors(network: nn.Module, optimizer: torch.optim.Optimizer) -> checkpoint.Tensors:
+    """What a checkpoint stores, under names that do not depend on how the network is spread over ranks."""
+    model, state = get_state_dict(network, optimizer)
+    return {"model": model, "optimizer": state}
+
+
+def restore(config: Config, folder: pathlib.Path, watch: Watch) -> checkpoint.Found | None:
+    """The checkpoint that the run in `folder` continues from; None where it starts."""
+    found = checkpoint.latest(folder, watch.say)
+    if found is not None:
+        config.check_same(found.facts["config"], folder)
+    return found
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, test: Images) -> dict[str, float]:
-    """Mean loss and accuracy on the test split, with the running statistics."""
+def evaluate(network: nn.Module, test: Images, ranks: Ranks) -> dict[str, float]:
+    """Mean loss and accuracy on the test split, shared by the ranks, with the running statistics."""
     network.eval()
-    loss, right = 0.0, 0
-    for index in torch.arange(len(test.labels), device=test.labels.device).split(256):
-        images, labels = test.batch(index)
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for index in torch.arange(len(test.labels), device=ranks.device).split(256 * ranks.size):
+        images, labels = test.batch(ranks.share(index))
         scores = network(images)
-        loss += nn.functional.cross_entropy(scores, labels, reduction="sum").item()
-        right += int((scores.argmax(1) == labels).sum())
-    return {"test_loss": loss / len(test.labels), "test_accuracy": right / len(test.labels)}
+        total[0] += nn.functional.cross_entropy(scores, labels, reduction="sum")
+        total[1] += (scores.argmax(1) == labels).sum()
+    loss, right = (ranks.total(total) / len(test.labels)).tolist()
+    return {"test_loss": loss, "test_accuracy": right}
 
 
 @functools.cache
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product here, the yardstick for a network's: best of a few, after one to warm up."""
-    a = torch.ones(1024, 1024, device=device, dtype=getattr(torch, precision))
-    times = []
-    for _ in range(8):
+    """FLOP/s of a large matrix product here, the yardstick for a network's: the best within a tenth of a second, after
+    one to warm up (bfloat16 is slow on processors that lack it).
+    """
+    size = 4096 if device.type == "cuda" else 768
+    a = torch.ones(size, size, device=device, dtype=getattr(torch, precision))
+    times: list[float] = []
+    while len(times) < 2 or sum(times[1:]) < 0.1:
         started = time.perf_counter()
         (a @ a)[0, 0].item()  # on a GPU: waits
         times.append(time.perf_counter() - started)
-    return 2 * 1024**3 / min(times[1:])
+    return 2 * size**3 / min(times[1:])

@@ -182,8 +182,8 @@ def finished(config: Config, out: pathlib.Path) -> dict[tuple[int, int], list[Re
     """The epochs that the checkpoints in `out` hold, for each (depth, repeat), asked for now or before."""
     found = {}
     for depth, repeat in begun(out):
-        if state := restore(config, folder_of(out, depth, repeat), Watch()):
-            found[depth, repeat] = state["history"]
+        if whole := restore(config, folder_of(out, depth, repeat), Watch()):
+            found[depth, repeat] = whole.facts["history"]
     return found
 
 

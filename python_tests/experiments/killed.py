@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import resource
 import signal
 import sys
 
@@ -9,9 +10,18 @@ from dnl_kernels.experiments import cli, metrics, run, train  # noqa: F401  (tra
 from dnl_kernels.experiments.checkpoint import os as checkpoint_os
 
 
-def dnl(words, kill_at=None):
-    """Runs a command. kill_at = n: the process kills itself around the n-th time that it touches a file."""
+def dnl(words, kill_at=None, environment=None, output=None, largest=None):
+    """Runs a command. kill_at = n: the process kills itself around the n-th time that it touches a file. output: a file
+    for what it prints. largest: no file may become larger, as on a disk that is full.
+    """
     count = 0
+    os.environ.update({name: str(value) for name, value in (environment or {}).items()})
+    if output is not None:
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
 
     def event():
         nonlocal count
@@ -39,9 +49,12 @@ def dnl(words, kill_at=None):
 
     if kill_at is not None:
         checkpoint_os.fsync, checkpoint_os.replace = around(os.fsync), around(os.replace)
-        pathlib.Path.unlink, pathlib.Path.mkdir = around(pathlib.Path.unlink), around(pathlib.Path.mkdir)
+        pathlib.Path.rename, pathlib.Path.mkdir = around(pathlib.Path.rename), around(pathlib.Path.mkdir)
         metrics.append = half_a_line
-    os._exit(cli.main(words))
+    code = cli.main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def kill_rank_1_in_epoch_2():

@@ -1,5 +1,8 @@
 """`dnl train`: that it is the SGD it says it is, what it leaves behind, and how it stops."""
 
+import functools
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -36,7 +39,7 @@ def test_the_files_of_a_sweep(swept):
     names = {path.name for path in swept.iterdir()}
     assert names == {"metrics.jsonl", "loss.png", "L1-repeat0", "L1-repeat1", "L2-repeat0", "L2-repeat1"}
     assert (swept / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [p.name for p in checkpoint.stored(swept / "L1-repeat0")] == ["epoch-00002.pt", "epoch-00001.pt"]
+    assert [p.name for p in checkpoint.stored(swept / "L1-repeat0")] == ["epoch-00002", "epoch-00001"]
 
 
 def test_the_metrics_are_settings_then_one_line_per_epoch(swept):
@@ -49,7 +52,7 @@ def test_the_metrics_are_settings_then_one_line_per_epoch(swept):
     assert records[0]["parameters"] < records[-1]["parameters"]
 
 
-def test_training_is_plain_sgd(swept):
+def test_training_is_plain_sgd(swept, contents):
     """The recorded losses and the stored weights are those of a loop written out here."""
     config = Config(limit=40, batch_size=16, epochs=2, repeats=2, depths=(1, 2))
     images = data.load("digits", limit=40)
@@ -70,7 +73,7 @@ def test_training_is_plain_sgd(swept):
                 p.data.sub_(0.01 * v)
         (record,) = [r for r in read(swept)[1] if (r["depth"], r["repeat"], r["epoch"]) == (2, 1, epoch)]
         assert record["train_loss"] == pytest.approx(total / 40, rel=1e-5)
-    stored = checkpoint.latest(swept / "L2-repeat1", print)["model"]
+    stored = contents(swept / "L2-repeat1")["model"]
     for name, value in network.state_dict().items():
         torch.testing.assert_close(stored[name], value, rtol=1e-4, atol=1e-5)
 
@@ -105,11 +108,11 @@ def test_a_damaged_checkpoint_is_passed_over(swept, tmp_path, capsys):
     out = tmp_path / "damaged"
     words = ["train", *SMALL, "--depths", 1, "--repeats", 1, "--out", out]
     assert dnl(*words) == 0
-    path = out / "L1-repeat0" / "epoch-00002.pt"
+    path = out / "L1-repeat0" / "epoch-00002" / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:-100])
     capsys.readouterr()
     assert dnl(*words, "--resume") == 0
-    assert "epoch-00002.pt is damaged" in capsys.readouterr().out
+    assert "epoch-00002 is damaged" in capsys.readouterr().out
     assert read(out)[1] == read(swept)[1][:2]
 
 
@@ -129,18 +132,18 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_checkpoint(tmp_pa
     assert dnl(*words, "--resume") == 1
     message = capsys.readouterr().err
     assert "the loss became nan in step 3 of epoch 2 (L = 1, repeat 0)" in message and message.count("\n") == 1
-    assert "epoch-00001.pt" in message and len(read(tmp_path / "nan")[1]) == 1
+    assert "epoch-00001" in message and len(read(tmp_path / "nan")[1]) == 1
 
 
 def test_a_full_disk_stops_and_can_be_resumed(swept, tmp_path, capsys, monkeypatch):
     words = ["train", *SMALL, "--depths", 1, "--repeats", 1, "--out", tmp_path / "full"]
     save = checkpoint.save
 
-    def full(folder, epoch, state):
+    def full(folder, epoch, *state):
         with monkeypatch.context() as patch:
             if epoch == 2:
                 patch.setattr(checkpoint.os, "fsync", raise_full)
-            return save(folder, epoch, state)
+            return save(folder, epoch, *state)
 
     def raise_full(descriptor):
         raise OSError(28, "No space left on device")
@@ -149,7 +152,7 @@ def test_a_full_disk_stops_and_can_be_resumed(swept, tmp_path, capsys, monkeypat
         patch.setattr(checkpoint, "save", full)
         assert dnl(*words) == 1
     message = capsys.readouterr().err
-    assert "No space left on device" in message and "last good checkpoint" in message and "epoch-00001.pt" in message
+    assert "No space left on device" in message and "last good checkpoint" in message and "epoch-00001" in message
     assert dnl(*words, "--resume") == 0
     assert read(tmp_path / "full")[1] == read(swept)[1][:2]
 
@@ -172,7 +175,7 @@ def test_ctrl_c_says_how_to_go_on(swept, tmp_path, capsys, monkeypatch):
 def test_evaluate_adds_test_loss_and_accuracy():
     images = data.load("digits", limit=30)
     network = model.build(Config(), 1, images)
-    found = run.evaluate(network, images)
+    found = run.evaluate(network, images, ALONE)
     scores = network.eval()(images.images.float() / 16)
     assert found["test_loss"] == pytest.approx(nn.functional.cross_entropy(scores, images.labels).item(), rel=1e-5)
     assert found["test_accuracy"] == (scores.argmax(1) == images.labels).double().mean()
@@ -229,7 +232,7 @@ def test_runs_shared_by_processes_are_the_same_runs(swept, tmp_path):
     assert read(tmp_path / "shared")[1] == read(swept)[1]
 
 
-def test_the_regularizer_is_part_of_what_is_minimised(tmp_path):
+def test_the_regularizer_is_part_of_what_is_minimised(tmp_path, contents):
     """Its value is that of the stored blocks, and a larger weight makes it smaller."""
     small = "--limit 32 --epochs 2 --repeats 1 --depths 2 --threads 1".split()
     values = []
@@ -238,7 +241,7 @@ def test_the_regularizer_is_part_of_what_is_minimised(tmp_path):
         assert dnl("train", *small, "--regularizer", weight, "--out", out) == 0
         values.append(read(out)[1][-1]["regularizer"])
     network = model.build(Config(), 2, data.load("digits", limit=2))
-    network.load_state_dict(checkpoint.latest(out / "L2-repeat0", print)["model"])
+    network.load_state_dict(contents(out / "L2-repeat0")["model"])
     assert values[1] == pytest.approx(sum(theory.regularizer(block).item() for block in network.blocks), rel=1e-5)
     assert values[1] < values[0]
 
@@ -267,8 +270,31 @@ def test_the_flops_of_a_network_by_hand():
     assert hooks and model.flops(Config(), 1, images) >= total > 0
 
 
-@pytest.mark.slow
-def test_the_compiled_network_trains_alike(swept, tmp_path):
-    assert dnl("train", *SMALL, "--depths", 1, "--repeats", 1, "--compile", "--out", tmp_path / "c") == 0
-    for mine, eager in zip(read(tmp_path / "c")[1], read(swept)[1][:2], strict=True):
-        assert mine["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-4)
+@pytest.mark.parametrize("words", ["--compile", "--channels-last"])
+def test_what_changes_speed_only_trains_alike(words, swept, tmp_path, monkeypatch):
+    """inductor compiles for minutes, and has its own tests of every operator: here the graph is captured and run."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    assert dnl("train", *SMALL, "--depths", 1, "--repeats", 1, words, "--out", tmp_path / "c") == 0
+    for mine, plain in zip(read(tmp_path / "c")[1], read(swept)[1][:2], strict=True):
+        assert mine["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
+
+
+def test_tensorboard_has_the_losses(swept, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert dnl("train", *SMALL, "--depths", 1, "--repeats", 1, "--tensorboard", "--out", tmp_path / "board") == 0
+    board = reader.EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    shown = [(point.step, point.value) for point in board.Scalars("train_loss/L1-repeat0")]
+    assert shown == [(r["epoch"], pytest.approx(r["train_loss"], rel=1e-6)) for r in read(swept)[1][:2]]
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    assert dnl("train", *SMALL, "--tensorboard", "--out", tmp_path / "board") == 2
+    assert "pip install 'dnl_kernels[tensorboard]'" in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_diverges_stops(tmp_path, capsys):
+    assert dnl("train", *SMALL, "--order", "post", "--lr", 1e30, "--out", tmp_path / "far") == 1
+    assert "the loss became nan in step" in capsys.readouterr().err
