@@ -9,8 +9,7 @@ import os
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch
 from .. import __version__
 from ..theory import dynamics, operators, studies
 from ..theory.learning import problem_a, problem_b
+from . import converge_report
 from .errors import Stopped, UsageError, require
 from .screen import console
 
@@ -28,18 +28,6 @@ LEVELS = {
     "constants": [8, 16, 32, 64, 128, 256],
     "learning": [4, 8, 16, 32, 64],
     "dynamics": [4, 8, 16, 32, 64],
-}
-TITLES = {
-    "sobolev": "$H^1$ gradient",
-    "absorbed": "descent on $W = \\tau K$",
-    "explicit": "descent on $K$",
-    "l2": "$L^2$ gradient",
-}
-CAPTIONS = {
-    "forward": "largest state error, $\\max_l |x^l - x(t_l)|$",
-    "regularizer": "$|R_L - R|$",
-    "constants": "largest state error",
-    "learning": "differences between $L$ and the next level",
 }
 
 
@@ -61,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--problem", choices=["a", "b"], help="a: local, d = 1; b: RBF with a learnable bandwidth [a]"
     )
     learning.add_argument("--p", type=float, nargs="+", help="exponents of the two-index norms [4; regularizer: 2 4]")
-    learning.add_argument("--first", choices=["input", "lifted"], help="the first state x^0 [input]")
+    learning.add_argument("--first", nargs="+", choices=["input", "lifted"], help="the first state x^0 [input]")
     learning.add_argument("--restarts", type=int, help="random starts at L = 8 [a: 4, b: 12]")
     learning.add_argument("--rule", nargs="+", choices=list(dynamics.RULES), help="descent rules [all but l2]")
     learning.add_argument("--steps", type=int, help="descent steps [300]")
@@ -83,27 +71,28 @@ def run(args: argparse.Namespace) -> int:
     for module in ("rich", "matplotlib"):
         require(module)
     screen = console()
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     try:
         with _Progress(screen) as watch:
-            found = [_study(args, p, watch) for p in (args.p or [None] if args.study == "learning" else [None])]
+            found = [_study(args, p, first, watch) for p, first in _variants(args)]
     except ValueError as error:
         raise UsageError(str(error)) from error
     name = "-".join([args.study, *([args.problem or "a"] if args.study in ("learning", "dynamics") else [])])
-    record = {
+    record: dict[str, Any] = {
         "name": name,
         "versions": {"dnl_kernels": __version__, "torch": torch.__version__},
         "arguments": {key: value for key, value in vars(args).items() if key != "out" and value is not None},
         "seconds": round(time.perf_counter() - started, 2),
-        "results": [study.to_dict() for study in found],
+        "cpu_seconds": round(time.process_time() - worked, 2),
+        "results": [_plain(study.to_dict()) for study in found],
     }
-    for study in found:
-        for table in _tables(study):
-            screen.print(table)
+    for result in record["results"]:
+        for table in converge_report.tables(result):
+            converge_report.show(table, screen)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / f"{name}.json", lambda path: path.write_text(json.dumps(_plain(record), indent=1) + "\n"))
-        _write(out / f"{name}.png", lambda path: _draw(found, path))
+        _write(out / f"{name}.json", lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        _write(out / f"{name}.png", lambda path: converge_report.draw(record["results"], path))
     except OSError as error:
         raise Stopped(f"cannot write to {out}: {error.strerror or error}") from error
     screen.print(f"{out / name}.json and .png, {record['seconds']:.0f} s", highlight=False, soft_wrap=True)
@@ -132,7 +121,14 @@ def _check(args: argparse.Namespace) -> None:
     args.levels = levels
 
 
-def _study(args: argparse.Namespace, p: float | None, watch: studies.Watch) -> studies.Study:
+def _variants(args: argparse.Namespace) -> list[tuple[float | None, str]]:
+    """The learning problems that were asked for; the other studies take their options together."""
+    if args.study != "learning":
+        return [(None, "input")]
+    return [(p, first) for p in args.p or [None] for first in args.first or ["input"]]
+
+
+def _study(args: argparse.Namespace, p: float | None, first: str, watch: studies.Watch) -> studies.Study:
     levels, seed = args.levels, {} if args.seed is None else {"seed": args.seed}
     if args.study == "forward":
         kernels, sigmas = args.kernel or list(operators.KERNELS), args.sigma or ["tanh", "relu"]
@@ -148,9 +144,9 @@ def _study(args: argparse.Namespace, p: float | None, watch: studies.Watch) -> s
         return studies.dynamics_study(problem, levels, rules, steps=args.steps or 300, watch=watch, **seed)
     p = (4 if which == "a" else 2) if p is None else p
     build = problem_a if which == "a" else problem_b
-    problem = build(p=p, first=args.first or "input")
+    problem = build(p=p, first=first)
     restarts = args.restarts or (4 if which == "a" else 12)
-    name = f"{which}, p = {p:g}, x0 {problem.first}"
+    name = f"{which.upper()}, p = {p:g}, x0 {problem.first}"
     return studies.learning_study(problem, name, levels, restarts=restarts, watch=watch, **seed)
 
 
@@ -215,150 +211,6 @@ class _Progress(studies.Watch):
 
     def advance(self, steps: int = 1) -> None:
         self.progress.advance(self.task, steps)
-
-
-def _tables(study: studies.Study) -> list[Any]:
-    from rich.table import Table
-
-    found = []
-    levels = study.tables[0].levels
-    errors = Table("errors and observed orders", *[f"L = {level}" for level in levels], "fit", title=study.name)
-    for table in study.tables:
-        record = table.to_dict()
-        cells = [f"{table.errors[0]:.2e}"]
-        cells += [f"{e:.2e} ({o:.2f})" for e, o in zip(table.errors[1:], table.orders, strict=True)]
-        errors.add_row(table.name, *cells, f"{record['fitted_order']:.3f}")
-    found.append(errors)
-    facts = study.facts
-    if study.name == "forward" and facts["reference_against_extrapolation"]:
-        rows = Table("reference against own extrapolation", "largest difference")
-        for name, gap in facts["reference_against_extrapolation"].items():
-            rows.add_row(name, f"{gap:.1e}")
-        found.append(rows)
-    if study.name == "regularizer":
-        rows = Table("leading constant of (R_L - R) L", "measured", "predicted")
-        for name, pair in facts["one_dimensional_constants"].items():
-            rows.add_row(f"A, {name}", f"{pair['measured']:.4f}", f"{pair['predicted']:.4f}")
-        for name, holds in facts["averages_below_limit"].items():
-            rows.add_row(f"R_L(averages) <= R at every level, {name}", str(holds), "True")
-        found.append(rows)
-    if study.name == "constants":
-        rows = Table("invariant", "largest observed / bound")
-        for name, ratio in facts["observed_over_bound"].items():
-            rows.add_row(name, f"{ratio:.4f}")
-        found.append(rows)
-    if study.name == "learning":
-        rows = Table(
-            "L", "J_L", "data", "R", "|gradient|", "iterations", "branches", "independent starts", title="minima"
-        )
-        for row in facts["rows"]:
-            starts = row.get("independent_starts")
-            agree = (
-                ""
-                if starts is None
-                else f"{len(starts)}, " + ("agree" if row["independent_starts_agree"] else "differ")
-            )
-            branches = " ".join(f"{value:.6f}" for value in row["branches"])
-            numbers = (f"{row['value']:.10f}", f"{row['data']:.3e}", f"{row['penalty']:.3e}", f"{row['gradient']:.0e}")
-            rows.add_row(str(row["layers"]), *numbers, str(row["iterations"]), branches, agree)
-        found.append(rows)
-    if study.name == "dynamics":
-        rows = Table("rule", "rate", "L", "final loss", "K moved (rms)", "A^{L-1} moved", "other A moved (rms)")
-        for row in facts["runs"]:
-            moved = (row["final_loss"], row["moved"]["K"], row["last_A_moved"], row["other_A_moved"])
-            rows.add_row(row["rule"], f"{row['rate']:g}", str(row["layers"]), *[f"{value:.4g}" for value in moved])
-        found.append(rows)
-    return found
-
-
-def _draw(found: Sequence[studies.Study], path: pathlib.Path) -> None:
-    require("matplotlib").use("Agg")
-    plt = require("matplotlib.pyplot")
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True}
-    name = found[0].name
-    with plt.rc_context(style):
-        panels = {"forward": _groups, "dynamics": _curves, "constants": _constants}.get(name, _groups)(found)
-        size = (1 + 4.6 * len(panels), 4.4)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-        for axis, (title, paint) in zip(axes[0], panels, strict=True):
-            paint(axis)
-            axis.set_title(title, loc="left", fontsize=10)
-            axis.grid(True, color="0.92", linewidth=0.6)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(frameon=False, fontsize=8)
-        figure.savefig(path, dpi=150, format="png")
-        plt.close(figure)
-
-
-Panel = tuple[str, Callable[[Any], None]]
-
-
-def _groups(found: Sequence[studies.Study]) -> list[Panel]:
-    """Log-log panels: one per scheme of the forward study, else one per study."""
-    if found[0].name == "forward":
-        groups: dict[str, list] = {}
-        for table in found[0].tables:
-            problem, scheme = table.name.split(", ")
-            groups.setdefault(scheme, []).append((problem, table))
-    else:
-        groups = {study.facts.get("problem", study.name): [(t.name, t) for t in study.tables] for study in found}
-    return [(title, partial(_loglog, group=group, name=found[0].name)) for title, group in groups.items()]
-
-
-def _loglog(axis: Any, group: Sequence[tuple[str, Any]], name: str) -> None:
-    axis.set(xscale="log", yscale="log", xlabel="layers $L$", ylabel=CAPTIONS.get(name, ""))
-    for label, table in group:
-        dashed = "relu" in label or "average" in label
-        axis.plot(table.levels, table.errors, "o--" if dashed else "o-", markersize=3.5, linewidth=1.4, label=label)
-    lowest = min((table for _, table in group), key=lambda t: t.errors[0])
-    for order in sorted({table.expected for _, table in group if table.expected is not None}):
-        start = lowest.errors[0] / 2
-        line = [start * (lowest.levels[0] / level) ** order for level in lowest.levels]
-        axis.plot(lowest.levels, line, color="0.5", linestyle=":", linewidth=1.2, label=f"slope {-order:g}")
-    levels = lowest.levels
-    axis.set_xticks(levels, [str(level) for level in levels])
-    axis.minorticks_off()
-
-
-def _constants(found: Sequence[studies.Study]) -> list[Panel]:
-    study = found[0]
-    ratios = study.facts["observed_over_bound"]
-
-    def bars(axis: Any) -> None:
-        axis.barh(list(ratios), list(ratios.values()), color="#4477aa", height=0.6)
-        axis.axvline(1, color="0.3", linewidth=1, linestyle="--")
-        axis.set(xscale="log", xlabel="largest observed / bound (bound: dashed)")
-
-    def orders(axis: Any) -> None:
-        constant = study.facts["corollary_5"]["C"]
-        _loglog(axis, [(table.name, table) for table in study.tables], "constants")
-        levels = study.tables[0].levels
-        axis.plot(levels, [constant / level for level in levels], color="#aa3377", label="bound $C\\tau$")
-
-    return [("constants of Remark 1, Lemma 2, Prop. 3, Cor. 5", bars), ("Corollary 5", orders)]
-
-
-def _curves(found: Sequence[studies.Study]) -> list[Panel]:
-    study = found[0]
-    panels: list[Panel] = []
-    colours = require("matplotlib.pyplot").get_cmap("viridis")
-
-    def curves(axis: Any, losses: dict[int, list[float]]) -> None:
-        for index, (layers, values) in enumerate(losses.items()):
-            shade = colours(0.87 * (1 - index / max(1, len(losses) - 1)))
-            axis.semilogy(values, color=shade, linewidth=1.6, label=f"L = {layers}")
-        axis.set(xlabel="step", ylabel="data loss")
-
-    for rule, losses in study.facts["losses"].items():
-        panels.append((f"{rule}: {TITLES[rule]}", partial(curves, losses=losses)))
-
-    def gaps(axis: Any) -> None:
-        _loglog(axis, [(table.name.rsplit(", ", 1)[1], table) for table in study.tables], "dynamics")
-        first = study.tables[0]
-        line = [first.errors[0] * first.levels[0] / level for level in first.levels]
-        axis.plot(first.levels, line, color="0.5", linestyle=":", label="slope -1")
-
-    return [*panels, ("largest difference between $L$ and the next level", gaps)]
 
 
 def _plain(value: Any) -> Any:
