@@ -1,4 +1,6 @@
 // nonlocal_attention on the CPU: checks -> params -> parallel loops. Meaning: ops/nonlocal_attention/reference.py.
+#include <cmath>
+
 #include "common/torch.h"
 #include "nonlocal_attention/params.h"
 
@@ -111,6 +113,25 @@ Prepared prepare(const Tensor& query, const Tensor& key, const Tensor& value, co
   return r;
 }
 
+void run_forward(const NonlocalParams& p, ScalarType compute) {
+  dispatch_float("nonlocal_attention", compute, [&](auto zero) {
+    using T = decltype(zero);
+    parallel_for(0, count_tiles<T>(p), 1, [&](int64_t begin, int64_t end) {
+      DNL_ISA_CALL(nonlocal_fwd<T>(p, begin, end));
+    });
+  });
+}
+
+// Whether a shift lies outside +-bound.
+bool any_beyond(const Tensor& shift, double bound) {
+  bool found = false;
+  dispatch_float("nonlocal_attention", shift.scalar_type(), [&](auto zero) {
+    const auto* s = static_cast<const decltype(zero)*>(shift.const_data_ptr());
+    for (int64_t i = 0; i < shift.numel(); i++) found |= std::abs(s[i]) > bound;
+  });
+  return found;
+}
+
 std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                                           const std::optional<Tensor>& bandwidth,
                                                           const std::optional<Tensor>& key_mask, double scale,
@@ -124,12 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_fwd(const Tensor& query, c
   p.output = view(output, channels_first);
   p.shift = shift.data_ptr();
   p.sum = sum.data_ptr();
-  dispatch_float("nonlocal_attention", compute, [&](auto zero) {
-    using T = decltype(zero);
-    parallel_for(0, count_tiles<T>(p), 1, [&](int64_t begin, int64_t end) {
-      DNL_ISA_CALL(nonlocal_fwd<T>(p, begin, end));
-    });
-  });
+  run_forward(p, compute);
   return {output, shift, sum};
 }
 
@@ -171,6 +187,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
   p.parts = std::max<int64_t>(ceil_div(p.keys, p.part_keys), 1);
   std::vector<double> moments(need_bandwidth ? p.parts * samples : 0);
   p.dbandwidth = need_bandwidth ? moments.data() : nullptr;
+  Tensor anchor = empty(query, {0}, query.scalar_type());
+  if (normalize && any_beyond(shift, 64)) {  // 2 kSafeRange
+    anchor = with_positions(query, p.queries, p.width, channels_first);
+    NonlocalParams forward = p;
+    forward.value = forward.key;
+    forward.value_width = p.width;
+    forward.output = view(anchor, channels_first);
+    forward.anchoring = true;
+    run_forward(forward, compute);
+    p.anchor = forward.output;
+  }
   Tensor parts = empty(query, {p.parts > 1 ? p.parts * samples * p.queries * p.width : 0}, compute);
   p.dquery_parts = parts.data_ptr();
   dispatch_float("nonlocal_attention", compute, [&](auto zero) {

@@ -57,13 +57,13 @@ template <class T>
 struct Workspace {
   int64_t D, E, Dp, Ep, padded;
   Buffer<T> keys, values, bias, dk, dv, column;              // of the part; column: [padded][lanes] sums of delta
-  Buffer<T> q, g, o, dq, q_rows, g_rows, weight, delta, score;  // of the tile; the last three of a group [kKeys][kQueries]
+  Buffer<T> q, g, o, dq, anchor, q_rows, g_rows, weight, delta, score;  // of the tile; the last three of a group [kKeys][kQueries]
 
   Workspace(const NonlocalParams& p)
       : D(p.width), E(p.value_width), Dp(padded_width<T>(D)), Ep(padded_width<T>(E)),
         padded(round_up(p.part_keys, kKeys)), keys(padded * D), values(padded * E), bias(padded), dk(padded * Dp),
         dv(padded * Ep), column(padded * kLanes<T>), q(D * kQueries<T>), g(E * kQueries<T>), o(E * kQueries<T>),
-        dq(D * kQueries<T>), q_rows(Dp * kQueries<T>), g_rows(Ep * kQueries<T>), weight(kKeys * kQueries<T>),
+        dq(D * kQueries<T>), anchor(p.anchor.data ? D * kQueries<T> : 0), q_rows(Dp * kQueries<T>), g_rows(Ep * kQueries<T>), weight(kKeys * kQueries<T>),
         delta(kKeys * kQueries<T>), score(kKeys * kQueries<T>) {}
 };
 
@@ -74,9 +74,11 @@ struct Tile {
   Pair<T> row;     // sum_j delta_ij
   Pair<T> moment;  // sum_j delta_ij s_ij
   int64_t count;
+  bool bounded, anchored;
 };
 
-template <Score kScore, bool kMasked, bool kMoment, class T>
+// kBounded: the rows have no shift, and no exponent is large.
+template <Score kScore, bool kBounded, bool kMasked, bool kMoment, class T>
 DNL_INLINE void add_group(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, int64_t j) {
   constexpr int kL = kLanes<T>, kQ = kQueries<T>;
   const T *k = w.keys + j * w.D, *v = w.values + j * w.E;
@@ -84,14 +86,16 @@ DNL_INLINE void add_group(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, i
   form_scores<kScore, T>(s, w.q, k, w.bias + j, w.D);
 #pragma GCC unroll 8
   for (int u = 0; u < kKeys; u++) {
-    s.at[u][0] -= t.shift.a;
-    s.at[u][1] -= t.shift.b;
+    if constexpr (!kBounded) {
+      s.at[u][0] -= t.shift.a;
+      s.at[u][1] -= t.shift.b;
+    }
     if constexpr (kMoment) {
       store(w.score + u * kQ, maximum(s.at[u][0], lowest<T>()));  // finite: 0 * lowest is 0
       store(w.score + u * kQ + kL, maximum(s.at[u][1], lowest<T>()));
     }
-    s.at[u][0] = exp2<T>(s.at[u][0]);
-    s.at[u][1] = exp2<T>(s.at[u][1]);
+    s.at[u][0] = exp2<T, kBounded>(s.at[u][0]);
+    s.at[u][1] = exp2<T, kBounded>(s.at[u][1]);
     store(w.weight + u * kQ, s.at[u][0]);
     store(w.weight + u * kQ + kL, s.at[u][1]);
   }
@@ -109,6 +113,8 @@ DNL_INLINE void add_group(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, i
     if constexpr (kScore != Score::dot) {
       T* column = w.column + (j + u) * kL;
       store(column, load(column) + (s.at[u][0] + s.at[u][1]));
+    }
+    if constexpr (kScore == Score::distance || !kBounded) {
       t.row.a += s.at[u][0];
       t.row.b += s.at[u][1];
     }
@@ -133,12 +139,12 @@ DNL_INLINE void add_group(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, i
   }
 }
 
-template <Score kScore, bool kMoment, class T>
+template <Score kScore, bool kBounded, bool kMoment, class T>
 void add_groups(Workspace<T>& w, Tile<T>& tile, const Limits<T>& limit) {
   Tile<T> t = tile;
   int64_t j = 0;
-  for (; j + kKeys <= limit.least; j += kKeys) add_group<kScore, false, kMoment>(w, t, limit, j);
-  for (; j < limit.most; j += kKeys) add_group<kScore, true, kMoment>(w, t, limit, j);
+  for (; j + kKeys <= limit.least; j += kKeys) add_group<kScore, kBounded, false, kMoment>(w, t, limit, j);
+  for (; j < limit.most; j += kKeys) add_group<kScore, kBounded, true, kMoment>(w, t, limit, j);
   tile = t;
 }
 
@@ -179,19 +185,24 @@ Tile<T> pack_tile(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& sca
   tile.shift = {load(shift), load(shift + kL)};
   tile.drift = {load(drift), load(drift + kL)};
   tile.count = count;
+  tile.bounded = p.normalize && safe_exponents<T>(p, scale, w.q, static_cast<const T*>(p.radius)[b * p.heads + h]);
+  for (int i = 0; i < kQ; i++) tile.bounded = tile.bounded && shift[i] == 0;
+  tile.anchored = p.anchor.data && !tile.bounded && anchored<T>(p, b * p.heads + h, first, count);
   return tile;
 }
 
 template <class T>
-void write_dquery(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale, const Tile<T>& tile, int64_t part,
-                  int64_t b, int64_t h, int64_t first) {
+void write_dquery(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale, const T* centre, const Tile<T>& tile,
+                  int64_t part, int64_t b, int64_t h, int64_t first) {
   constexpr int kQ = kQueries<T>;
   T row[kQ];
   store(row, tile.row.a);
   store(row + kLanes<T>, tile.row.b);
+  if (tile.anchored) read_lanes<T>(p, p.anchor, b, h, nullptr, first, tile.count, w.D, w.anchor);
   for (int64_t d = 0; d < w.D; d++)
     for (int i = 0; i < kQ; i++) {
       T& x = w.dq[d * kQ + i];
+      if (tile.anchored) x -= row[i] * (w.anchor[d * kQ + i] - (centre ? centre[d] : T(0)));
       x *= scale.dquery;
       if (scale.dquery_row != 0) x -= scale.dquery_row * row[i] * w.q[d * kQ + i];
     }
@@ -245,8 +256,11 @@ void run_parts(const NonlocalParams& p, int64_t begin, int64_t end) {
       const int64_t n = smaller(kQueries<T>, p.queries - query);
       const Limits<T> limit = limits<T>(p, b, query, n, first, count);
       Tile<T> tile = pack_tile<T>(p, w, scale, centre, b, h, query, n);
-      add_groups<kScore, kMoment>(w, tile, limit);
-      write_dquery(p, w, scale, tile, part, b, h, query);
+      if (kScore != Score::distance && tile.bounded)
+        add_groups<kScore, kScore != Score::distance, kMoment>(w, tile, limit);
+      else
+        add_groups<kScore, false, kMoment>(w, tile, limit);
+      write_dquery(p, w, scale, centre, tile, part, b, h, query);
       T lanes[kQueries<T>];
       store(lanes, tile.moment.a);
       store(lanes + kLanes<T>, tile.moment.b);

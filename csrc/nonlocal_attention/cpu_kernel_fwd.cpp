@@ -13,9 +13,13 @@ struct Tile {
   Pair<T> sum;    // of the weights
 };
 
-template <Score kScore, bool kOnline, bool kMasked, class T>
+// Exponents are bounded (safe_exponents), taken as they are (unnormalised), or shifted by the maximum so far.
+enum class Exponents { bounded, plain, online };
+
+template <Score kScore, Exponents kExponents, bool kMasked, class T>
 DNL_INLINE void add_group(Tile<T>& t, const T* k, const T* v, const T* bias, int64_t width, int64_t value_width,
                           const Limits<T>& limit, int64_t j) {
+  constexpr bool kOnline = kExponents == Exponents::online, kBounded = kExponents == Exponents::bounded;
   Scores<T> s;
   form_scores<kScore>(s, t.q, k, bias, width);
   if constexpr (kOnline) {
@@ -44,8 +48,8 @@ DNL_INLINE void add_group(Tile<T>& t, const T* k, const T* v, const T* bias, int
   }
 #pragma GCC unroll 8
   for (int u = 0; u < kKeys; u++) {
-    s.at[u][0] = exp2<T>(kOnline ? s.at[u][0] - t.shift.a : s.at[u][0]);
-    s.at[u][1] = exp2<T>(kOnline ? s.at[u][1] - t.shift.b : s.at[u][1]);
+    s.at[u][0] = exp2<T, kBounded>(kOnline ? s.at[u][0] - t.shift.a : s.at[u][0]);
+    s.at[u][1] = exp2<T, kBounded>(kOnline ? s.at[u][1] - t.shift.b : s.at[u][1]);
     if constexpr (kMasked) {
       s.at[u][0] = limit.allowed(j, u, 0) ? s.at[u][0] : Vec<T>{};
       s.at[u][1] = limit.allowed(j, u, 1) ? s.at[u][1] : Vec<T>{};
@@ -56,15 +60,15 @@ DNL_INLINE void add_group(Tile<T>& t, const T* k, const T* v, const T* bias, int
   accumulate<kMasked>(t.out, v, value_width, s, limit, j);
 }
 
-template <Score kScore, bool kOnline, class T>
+template <Score kScore, Exponents kExponents, class T>
 void add_groups(Tile<T>& tile, const T* k, const T* v, const T* bias, int64_t width, int64_t value_width,
                 const Limits<T>& limit) {
   Tile<T> t = tile;
   int64_t j = 0;
   for (; j + kKeys <= limit.least; j += kKeys)
-    add_group<kScore, kOnline, false>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit, j);
+    add_group<kScore, kExponents, false>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit, j);
   for (; j < limit.most; j += kKeys)
-    add_group<kScore, kOnline, true>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit, j);
+    add_group<kScore, kExponents, true>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit, j);
   tile = t;
 }
 
@@ -79,6 +83,7 @@ void run_tiles(const NonlocalParams& p, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; task++) {
     const int64_t bh = task / tiles, b = bh / p.heads, h = bh % p.heads, first = task % tiles * kQ;
     const int64_t n = smaller(kQ, N - first);
+    if (p.anchoring && !anchored<T>(p, bh, first, n)) continue;
     const T* centre = centre_of<T>(p, b, h);
     if (bh != packed) {
       count = allowed_keys(p, b);
@@ -93,11 +98,16 @@ void run_tiles(const NonlocalParams& p, int64_t begin, int64_t end) {
     memset(out, 0, E * kQ * sizeof(T));
     const Limits<T> limit = limits<T>(p, b, first, n, 0, count);
     Tile<T> tile{q, out, {}, {}};
-    if (safe_exponents<T>(p, scale, q, static_cast<const T*>(p.radius)[bh])) {
-      add_groups<kScore, false, T>(tile, keys, values, bias, D, E, limit);
-    } else if constexpr (kScore != Score::distance) {
-      tile.shift = {lowest<T>(), lowest<T>()};
-      add_groups<kScore, true, T>(tile, keys, values, bias, D, E, limit);
+    if constexpr (kScore != Score::distance) {
+      if (p.normalize && safe_exponents<T>(p, scale, q, static_cast<const T*>(p.radius)[bh])) {
+        add_groups<kScore, Exponents::bounded, T>(tile, keys, values, bias, D, E, limit);
+      } else if (p.normalize) {
+        tile.shift = {lowest<T>(), lowest<T>()};
+        add_groups<kScore, Exponents::online, T>(tile, keys, values, bias, D, E, limit);
+      }
+    }
+    if (!p.normalize) {
+      if constexpr (kScore != Score::dot_bias) add_groups<kScore, Exponents::plain, T>(tile, keys, values, bias, D, E, limit);
     }
     alignas(64) T shift[kQ], sum[kQ];
     store(shift, tile.shift.a);
@@ -108,8 +118,10 @@ void run_tiles(const NonlocalParams& p, int64_t begin, int64_t end) {
       if (sum[i] == 0) shift[i] = 0;  // a row without keys: its maximum was never found
       if (!p.normalize) sum[i] = 1;
     }
-    memcpy(static_cast<T*>(p.shift) + bh * N + first, shift, n * sizeof(T));
-    memcpy(static_cast<T*>(p.sum) + bh * N + first, sum, n * sizeof(T));
+    if (!p.anchoring) {
+      memcpy(static_cast<T*>(p.shift) + bh * N + first, shift, n * sizeof(T));
+      memcpy(static_cast<T*>(p.sum) + bh * N + first, sum, n * sizeof(T));
+    }
     if (p.normalize) {
       for (int64_t i = 0; i < kQ; i++) sum[i] = sum[i] == 0 ? T(0) : 1 / sum[i];
       for (int64_t e = 0; e < E; e++)

@@ -36,6 +36,10 @@ struct NonlocalParams {
   int64_t parts, part_keys;
   void* dquery_parts;  // [parts, B, h, N, D] in the compute type, null for one part
   double* dbandwidth;  // [parts, B, h], null where not wanted
+  // Backward: sum_j p_ij k_j of the rows whose shift is so large that dq_i must be anchored to it (see tiles.h), or null
+  // data. anchoring: this call of nonlocal_fwd computes it, with the keys as values; it leaves shift and sum alone.
+  NonlocalTensor anchor;
+  bool anchoring;
 };
 
 #define DNL_DECLARE_NONLOCAL(LEVEL)                                                                   \

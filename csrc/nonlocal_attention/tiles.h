@@ -13,7 +13,8 @@
 namespace dnl::DNL_ISA {
 namespace {
 
-constexpr int kKeys = DNL_VECTOR_BYTES == 64 ? 8 : 4;
+// As many as leave registers for two vectors of queries and a broadcast, of 32 (AVX-512) or 16.
+constexpr int kKeys = DNL_VECTOR_BYTES == 64 ? 8 : DNL_VECTOR_BYTES == 32 ? 6 : 4;
 template <class T>
 constexpr int kQueries = 2 * kLanes<T>;
 // Where all exponents of a tile provably lie within +-kSafeRange, they need no shift: nothing over- or underflows.
@@ -209,14 +210,15 @@ DNL_INLINE const T* centre_of(const NonlocalParams& p, int64_t b, int64_t h) {
   return p.bandwidth ? static_cast<const T*>(p.centre) + (b * p.heads + h) * p.width : nullptr;
 }
 
-// Calls body(j, n) after each n <= kQueries of the allowed keys [first, first + count) of t, those from first + j on, have
+// Calls body(j, n) after each n <= kQueries (whole groups, but for the last) of the allowed keys [first, first + count) of t, those from first + j on, have
 // been read into `lanes`.
 template <class T, class Body>
 DNL_INLINE void for_key_lanes(const NonlocalParams& p, const NonlocalTensor& t, int64_t b, int64_t h, int64_t first,
                               int64_t count, int64_t width, T* lanes, Body body) {
   const int64_t* index = p.key_index ? p.key_index + b * p.keys + first : nullptr;
-  for (int64_t j = 0; j < count; j += kQueries<T>) {
-    const int64_t n = smaller(kQueries<T>, count - j);
+  constexpr int64_t kRead = kQueries<T> / kKeys * kKeys;
+  for (int64_t j = 0; j < count; j += kRead) {
+    const int64_t n = smaller(kRead, count - j);
     read_lanes<T>(p, t, b, h, index ? index + j : nullptr, first + j, n, width, lanes);
     body(j, n);
   }
@@ -313,12 +315,21 @@ Limits<T> limits(const NonlocalParams& p, int64_t b, int64_t query, int64_t coun
 
 // ---- Arithmetic of a tile ------------------------------------------------------------------------------------------
 
+// Under huge scores rows are all but one-hot, and dq_i = sum_j delta_ij k_j is a small difference: delta_ij sums to zero,
+// but for the rounding of doutput_i . output_i, an error that is multiplied by the keys themselves. In such tiles dq_i =
+// sum_j delta_ij (k_j - anchor_i) with the row's mean key as anchor, which differs from the keys that matter by little.
+template <class T>
+bool anchored(const NonlocalParams& p, int64_t bh, int64_t first, int64_t count) {
+  const T* shift = static_cast<const T*>(p.shift) + bh * p.queries + first;
+  for (int64_t i = 0; i < count; i++)
+    if (shift[i] > 2 * kSafeRange || shift[i] < -2 * kSafeRange) return true;
+  return false;
+}
+
 // Whether |exponent| <= kSafeRange for all scores of a tile, by Cauchy-Schwarz; false where anything is not finite.
-// Unnormalised weights are never shifted: 2^exponent is what is asked for.
 template <class T>
 bool safe_exponents(const NonlocalParams& p, const Scales<T>& scale, const T* q, T radius) {
   constexpr int kQ = kQueries<T>;
-  if (!p.normalize) return true;
   // |q| radius, and for a Gaussian (|q| + radius / 2) radius in packed units, must not exceed kSafeRange.
   const double longest = kSafeRange / double(radius) - (p.bandwidth ? 0.5 * scale.query * radius : 0);
   const T most = longest > 0 ? T(longest * longest) : T(-1);

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import _backend
 from ..dense_conv2d.api import dense_conv2d
 from ..dense_linear.api import dense_linear
 from ..nonlocal_attention.api import nonlocal_attention
+from . import projected
 from .config import LayerConfig, NonLocalParameters
 from .pointwise import normalise_activate
 
@@ -29,19 +31,29 @@ def _concatenated(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) ->
 
 
 def non_local(y: Tensor, theta: NonLocalParameters, kernel: str, heads: int, backend: str | None) -> Tensor:
-    """N(y; theta). The projections are one product, and the attention reads them where they lie."""
+    """N(y; theta): one function where kernels run, its parts where a compiler or a transform looks inside."""
     if kernel == "local":
         return y
+    if kernel != "dot" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        chosen = _backend.select("nonlocal_attention", backend, y)
+        if chosen != "reference" and y.device.type != "meta":
+            return projected.non_local(y, theta, projected.Config(kernel, heads, y.dim() == 4, chosen))
+    return composed_non_local(y, theta, kernel, heads, backend)
+
+
+def composed_non_local(y: Tensor, theta: NonLocalParameters, kernel: str, heads: int, backend: str | None) -> Tensor:
+    """N(y; theta) for a kernel other than "local", from differentiable operators. The projections are one product, and
+    the attention reads them where they lie."""
     images = y.dim() == 4
     names = ["query", "value"] if theta.key_weight is None else ["query", "key", "value"]
     weights = [getattr(theta, f"{name}_weight") for name in names]
     weight, bias = _concatenated(weights, [getattr(theta, f"{name}_bias") for name in names])
-    projected = affine([y], weight[:, :, None, None] if images else weight, bias, backend=backend)
+    products = affine([y], weight[:, :, None, None] if images else weight, bias, backend=backend)
     sizes = [w.shape[0] for w in weights]
     if images:
-        parts = [p.unflatten(1, (heads, -1)) for p in projected.flatten(2).split(sizes, 1)]  # [B, h, D, N]
+        parts = [p.unflatten(1, (heads, -1)) for p in products.flatten(2).split(sizes, 1)]  # [B, h, D, N]
     else:
-        parts = [p.unflatten(-1, (heads, -1)).transpose(1, 2) for p in projected.split(sizes, -1)]  # [B, h, N, D]
+        parts = [p.unflatten(-1, (heads, -1)).transpose(1, 2) for p in products.split(sizes, -1)]  # [B, h, N, D]
     out = nonlocal_attention(
         parts[0],
         parts[-2],  # the query again where the two share a matrix
