@@ -330,6 +330,38 @@ void correct_planes(const Tile& tile, int64_t channels, const T* a, const T* b, 
 }
 
 template <class T>
+void activate_back_run(const T* dvalue, const T* u, int64_t n, T scale, T shift, T centre, Activation activation,
+                       bool accumulate, T* total, double* sums) {
+  const Vec<T> s = broadcast(scale), h = broadcast(shift), m = broadcast(centre);
+  dispatch_activation(activation, [&]<Activation A>() {
+    Vec<T> plain{}, moment{};
+    const auto step = [&](Vec<T> g, Vec<T> x, Vec<T> before) {
+      Vec<T> value, slope;
+      activate<T, A>(x * s + h, value, slope);
+      g *= slope;
+      plain += g;
+      moment += g * (x - m);
+      return before + g * s;
+    };
+    const Vec<T> zero{};
+    int64_t p = 0;
+    for (; p + kLanes<T> <= n; p += kLanes<T>)
+      store(total + p, step(load(dvalue + p), load(u + p), accumulate ? load(total + p) : zero));
+    if (const int left = int(n - p)) {
+      const Vec<T> before = accumulate ? load_partial(total + p, left) : zero;
+      store_partial(total + p, step(load_partial(dvalue + p, left), load_partial(u + p, left), before), left);
+    }
+    sums[0] += sum_lanes<T>(plain);
+    sums[1] += sum_lanes<T>(moment);
+  });
+}
+
+template <class T>
+void correct_run(const T* x, int64_t n, T rate, T centre, T constant, T* total) {
+  for (int64_t p = 0; p < n; p++) total[p] += rate * (x[p] - centre) + constant;
+}
+
+template <class T>
 void moments(const T* x, int64_t n, double* mean, double* deviations) {
   constexpr int64_t lanes = kLanes<T>;
   const auto total = [&](auto term) {
@@ -361,6 +393,8 @@ void moments(const T* x, int64_t n, double* mean, double* deviations) {
   template void apply_slope<T>(const FlatPlane&, int64_t, const T*, const T*, const T*, T*, double*);                  \
   template void correct_planes<T>(const Tile&, int64_t, const T*, const T*, const T*, const T*, Planes<const T>,       \
                                   Planes<const T>, T*, int64_t, double*);                                              \
+  template void activate_back_run<T>(const T*, const T*, int64_t, T, T, T, Activation, bool, T*, double*);             \
+  template void correct_run<T>(const T*, int64_t, T, T, T, T*);                                                        \
   template void moments<T>(const T*, int64_t, double*, double*);
 DNL_INSTANTIATE(float)
 DNL_INSTANTIATE(double)
