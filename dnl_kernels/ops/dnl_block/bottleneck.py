@@ -196,6 +196,7 @@ def _dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+@torch.no_grad()  # an exported program calls it with parameters that require gradients
 def dnl_bottleneck_fwd(x0, tensors, keep, *static):
     """The states, y of every layer [L or 0, b * G, B * H * W], and statistics where the block measures them."""
     config = _config(x0.shape[1], *static)
@@ -233,6 +234,7 @@ def dnl_bottleneck_fwd(x0, tensors, keep, *static):
     return states.to(x0.dtype), kept.to(x0.dtype), mean, var, inner_mean, inner_var
 
 
+@torch.no_grad()
 def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var, tensors, *static):
     """dx0, and for every layer the gradients of TRAINABLE, empty where there is no such tensor."""
     count, growth = len(tensors) // len(NAMES), static[1]
