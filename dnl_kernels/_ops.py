@@ -118,7 +118,7 @@ def _dnl_bottleneck_fwd(
     vector = x0.new_empty(channels if measured else 0, dtype=_accumulation_dtype(x0))
     inner = vector.new_empty(layers if measured else 0, wide)
     states = x0.new_empty((batch, channels, height, width))
-    kept = x0.new_empty(layers if keep else 0, wide, batch * height * width)
+    kept = x0.new_empty(layers if keep else 0, wide * batch * height * width)
     return states, kept, vector, torch.empty_like(vector), inner, torch.empty_like(inner)
 
 

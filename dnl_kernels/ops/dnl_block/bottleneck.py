@@ -18,14 +18,14 @@ from ... import _backend
 from ..._autograd import differentiable
 from . import reference
 from .config import BlockConfig, LayerParameters, Statistics
-from .statistics import fold, gather
+from .statistics import gather
 
 NAMES = (
     "affine_weight", "affine_bias", "norm_weight", "norm_bias", "norm_mean", "norm_var",
     "inner_weight", "inner_norm_weight", "inner_norm_bias", "inner_norm_mean", "inner_norm_var",
 )  # fmt: skip
 TRAINABLE = tuple(name for name in NAMES if not name.endswith(("_mean", "_var")))
-CHUNK = 1 << 20  # normalised elements between a pass over memory and its product: they stay in cache
+LONG = 512  # pixels that fill a product on their own: an image is then normalised and multiplied while in cache
 
 
 def limit(x0: Tensor, parameters: Sequence[Any], config: BlockConfig, backend: str | None) -> str | None:
@@ -103,54 +103,57 @@ def _layers(tensors: Sequence[Tensor | None], count: int) -> list[Any]:
 
 
 class _Norm(NamedTuple):
-    """act(scale * x + shift), and what its gradient needs: gamma and the statistics, float32 at least."""
+    """act(scale * x + shift), and what its gradient needs: gamma, the mean and 1 / sqrt(var + eps)."""
 
     scale: Tensor
     shift: Tensor
     mean: Tensor
-    rate: Tensor  # 1 / sqrt(var + eps)
+    rate: Tensor
     gamma: Tensor
 
 
-def _norm(config: BlockConfig, like: Tensor, width: int, weight, bias, mean, var) -> _Norm:
-    one, zero = like.new_ones(width), like.new_zeros(width)
-    if config.norm is None:
-        return _Norm(one, zero, zero, one, one)
-    gamma, beta = (default if t is None else t.to(like.dtype) for t, default in ((weight, one), (bias, zero)))
-    mean, var = mean.to(like.dtype).contiguous(), var.to(like.dtype)
-    scale, shift = fold(mean, var, gamma, beta, config.eps)
-    return _Norm(scale, shift, mean, torch.rsqrt(var + config.eps), gamma)
-
-
 class _Run:
-    """One pass over the block: the buffers, and the steps that both directions share. Everything is in `dtype`."""
+    """One pass over the block: the buffers, and the steps that both directions share, in float32 at least.
+
+    A layer's product takes one image at a time where its rows are long enough, [B, C, H * W], and all images as one
+    matrix where they are not, [C, B * H * W].
+    """
 
     def __init__(self, config: BlockConfig, states: Tensor, inner: Tensor, layers: Sequence[Any]):
-        self.config, self.states, self.inner, self.layers = config, states, inner, layers
+        self.config, self.states, self.layers = config, states, layers
         self.batch, _, self.height, self.width = states.shape
         self.pixels = self.height * self.width
         self.wide = config.growth_rate * (config.bottleneck or 1)
+        self.single = self.pixels >= LONG
+        self.columns = self.pixels if self.single else self.batch * self.pixels
+        matrix = (self.batch, self.wide, self.columns) if self.single else (self.wide, self.columns)
+        self.inner = inner.view(len(inner), *matrix)
+        self.spans = [config.spans(layer) for layer in range(config.num_layers)]
         widest = max(map(config.layer_channels, range(config.num_layers)))
-        self.step = max(1, CHUNK // max(widest * self.pixels, 1))  # images at a time
-        self.buffer = states.new_empty(widest * min(self.step, self.batch) * self.pixels)
+        self.buffer = states.new_empty(widest * self.columns)
+        self.zero, self.one = states.new_zeros(1), states.new_ones(1)
         self.ops: Any = torch.ops.dnl
 
     def planes(self, rows: Tensor) -> Tensor:
-        """[C, images * H * W] as [images, C, H, W], in place."""
-        return rows.view(rows.shape[0], -1, self.height, self.width).transpose(0, 1)
+        """A matrix or a batch of them as [B, C, H, W], in place."""
+        images, channels = self.batch if rows.dim() == 3 else 1, rows.shape[-2]
+        if self.single:
+            return rows.view(images, channels, self.height, self.width)
+        return rows.view(channels, self.batch, self.height, self.width).transpose(0, 1)
 
-    def chunks(self, layer: int) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Some images, their columns, and the buffer for what the layer reads of them, [C(l), columns]."""
-        for start in range(0, self.batch, self.step):
-            images = slice(start, min(start + self.step, self.batch))
-            columns = slice(images.start * self.pixels, images.stop * self.pixels)
-            channels, count = self.config.layer_channels(layer), columns.stop - columns.start
-            yield images, columns, self.buffer[: channels * count].view(channels, count)
+    def chunks(self, layer: int) -> Iterator[tuple[slice, Any, Tensor]]:
+        """Some images, their part of a [B, C, H * W] or [C, B * H * W], and a buffer for what the layer reads of them."""
+        channels = self.config.layer_channels(layer)
+        z = self.buffer[: channels * self.columns].view(channels, self.columns)
+        if self.single:
+            yield from ((slice(b, b + 1), b, z) for b in range(self.batch))
+        elif self.batch:
+            yield slice(None), slice(None), z
 
     def parts(self, layer: int) -> Iterator[tuple[slice, slice]]:
         """Channels of the states that a layer reads, and where they stand among those of the layer."""
         at = 0
-        for start, end in self.config.spans(layer):
+        for start, end in self.spans[layer]:
             yield slice(start, end), slice(at, at + end - start)
             at += end - start
 
@@ -162,30 +165,50 @@ class _Run:
                 self.planes(z[rows]),
             )  # fmt: skip
 
+    def output(self, layer: int) -> Tensor:
+        """y of a layer's 1x1 convolution; one buffer serves all layers where nothing is kept."""
+        return self.inner[min(layer, len(self.inner) - 1)]
+
     def load_inner(self, layer: int, norm: _Norm) -> Tensor:
         """act(norm(y)), y the output of the layer's 1x1 convolution"""
         z = self.states.new_empty(self.batch, self.wide, self.height, self.width)
-        y = self.planes(self.inner[layer])
+        y = self.planes(self.output(layer))
         self.ops.dnl_bottleneck_activate(y, norm.scale, norm.shift, self.config.activation, z)
         return z
 
-    def norms(self, layer: int, mean, var, inner_mean, inner_var) -> tuple[_Norm, _Norm]:
-        """Those of the states and of the bottleneck; statistics of the batch where the block measures them."""
-        return self.norm(layer, mean, var), self.inner_norm(layer, inner_mean, inner_var)
-
-    def norm(self, layer: int, mean: Tensor, var: Tensor) -> _Norm:
-        p, spans = self.layers[layer], self.config.spans(layer)
+    def norm(self, layer: int, mean: Tensor, rate: Tensor) -> _Norm:
+        """That of the states which the layer reads; mean and rate: of the batch, where the block measures them."""
+        p, spans = self.layers[layer], self.spans[layer]
         if self.config.training:
-            mean, var = gather(mean, spans), gather(var, spans)
+            mean, rate = gather(mean, spans), gather(rate, spans)
         else:
-            mean, var = p.norm_mean, p.norm_var
-        width = self.config.layer_channels(layer)
-        return _norm(self.config, self.states, width, p.norm_weight, p.norm_bias, mean, var)
+            mean, rate = self.given(p.norm_mean, p.norm_var)
+        return self.normalisation(self.config.layer_channels(layer), p.norm_weight, p.norm_bias, mean, rate)
 
-    def inner_norm(self, layer: int, mean: Tensor, var: Tensor) -> _Norm:
+    def inner_norm(self, layer: int, mean: Tensor, rate: Tensor) -> _Norm:
         p = self.layers[layer]
-        given = (mean[layer], var[layer]) if self.config.training else (p.inner_norm_mean, p.inner_norm_var)
-        return _norm(self.config, self.states, self.wide, p.inner_norm_weight, p.inner_norm_bias, *given)
+        if self.config.training:
+            mean, rate = mean[layer], rate[layer]
+        else:
+            mean, rate = self.given(p.inner_norm_mean, p.inner_norm_var)
+        return self.normalisation(self.wide, p.inner_norm_weight, p.inner_norm_bias, mean, rate)
+
+    def given(self, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
+        if mean is None or var is None:
+            return self.zero, self.one
+        return mean.to(self.states.dtype).contiguous(), self.rate(var.to(self.states.dtype))
+
+    def rate(self, var: Tensor) -> Tensor:
+        return torch.rsqrt(var + self.config.eps)
+
+    def normalisation(self, width: int, weight, bias, mean: Tensor, rate: Tensor) -> _Norm:
+        dtype = self.states.dtype
+        if self.config.norm is None:
+            one, zero = self.one.repeat(width), self.zero.repeat(width)
+            return _Norm(one, zero, zero, one, one)
+        scale = rate if weight is None else weight.to(dtype) * rate
+        shift = torch.addcmul(self.zero if bias is None else bias.to(dtype), mean, scale, value=-1)
+        return _Norm(scale, shift, mean, rate, self.one if weight is None else weight.to(dtype))
 
     def slot(self, layer: int) -> slice:
         start = self.config.in_channels + layer * self.config.growth_rate
@@ -198,7 +221,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 @torch.no_grad()  # an exported program calls it with parameters that require gradients
 def dnl_bottleneck_fwd(x0, tensors, keep, *static):
-    """The states, y of every layer [L or 0, b * G, B * H * W], and statistics where the block measures them."""
+    """The states, y of every layer [L or 0, b * G * B * H * W], and statistics where the block measures them."""
     config = _config(x0.shape[1], *static)
     dtype, measures = _dtype(x0), config.norm is not None and config.training
     batch, width, height, columns = x0.shape
@@ -207,29 +230,30 @@ def dnl_bottleneck_fwd(x0, tensors, keep, *static):
     states[:, :width] = x0
     wide = growth * config.bottleneck
     layers = _layers(tensors, count)
-    inner = states.new_empty(count if keep else 1, wide, batch * height * columns)
-    run = _Run(config, states, inner if keep else inner.expand(count, -1, -1), layers)
-    mean, var = (states.new_empty(states.shape[1] if measures else 0) for _ in range(2))
-    inner_mean, inner_var = (states.new_empty(count if measures else 0, wide) for _ in range(2))
+    inner = states.new_empty(count if keep else 1, wide * batch * height * columns)
+    run = _Run(config, states, inner, layers)
+    mean, var, rate = (states.new_empty(states.shape[1] if measures else 0) for _ in range(3))
+    inner_mean, inner_var, inner_rate = (states.new_empty(count if measures else 0, wide) for _ in range(3))
 
-    def measure(channels: slice) -> None:
+    def measure(x: Tensor, at: Any, found: tuple[Tensor, Tensor, Tensor]) -> None:
         if measures:
-            mean[channels], var[channels] = run.ops.dnl_bottleneck_moments(states[:, channels])
+            average, variance = run.ops.dnl_bottleneck_moments(x)
+            found[0][at], found[1][at], found[2][at] = average, variance, run.rate(variance)
 
-    measure(slice(0, width))
+    measure(states[:, :width], slice(0, width), (mean, var, rate))
     for layer, p in enumerate(layers):
-        norm, y = run.norm(layer, mean, var), run.inner[layer]
-        weight = p.affine_weight.to(dtype).flatten(1) * config.tau
-        for images, columns_, z in run.chunks(layer):
+        norm, y = run.norm(layer, mean, rate), run.output(layer)
+        weight = p.affine_weight.to(dtype).flatten(1)
+        weight = weight if config.tau == 1 else weight * config.tau
+        for images, at, z in run.chunks(layer):
             run.load(layer, images, norm, z)
-            torch.mm(weight, z, out=y[:, columns_])
+            torch.mm(weight, z, out=y[at])
         if p.affine_bias is not None:
             y += p.affine_bias.to(dtype)[:, None]
-        if measures:
-            inner_mean[layer], inner_var[layer] = run.ops.dnl_bottleneck_moments(run.planes(y))
-        z = run.load_inner(layer, run.inner_norm(layer, inner_mean, inner_var))
+        measure(run.planes(y), layer, (inner_mean, inner_var, inner_rate))
+        z = run.load_inner(layer, run.inner_norm(layer, inner_mean, inner_rate))
         states[:, run.slot(layer)] = torch.conv2d(z, p.inner_weight.to(dtype), padding=1)
-        measure(run.slot(layer))
+        measure(states[:, run.slot(layer)], run.slot(layer), (mean, var, rate))
     kept = inner if keep else inner[:0]
     return states.to(x0.dtype), kept.to(x0.dtype), mean, var, inner_mean, inner_var
 
@@ -244,45 +268,51 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
     layers = _layers(tensors, count)
     run = _Run(config, states.to(dtype).contiguous(), inner.to(dtype), layers)
     total = torch.empty_like(run.states).copy_(dstates)  # of every state: what its consumers so far pull, and dOut
-    elements = max(run.batch * run.pixels, 1)
+    share = 1.0 / max(run.batch * run.pixels, 1)
     mean_plain, mean_moment = (total.new_zeros(total.shape[1]) for _ in range(2))  # S1, S2
-    dy = total.new_empty(run.wide, run.batch * run.pixels)
+    rate, inner_rate = run.rate(var), run.rate(inner_var)
+    dy = torch.empty_like(run.output(0))
     found: list[list[Tensor]] = []
 
     def correct(channels: slice) -> None:
         if measures:
-            rate = torch.rsqrt(var[channels] + config.eps)
-            slope, constant = -rate.square() * mean_moment[channels], -rate * mean_plain[channels]
+            r = rate[channels]
             run.ops.dnl_bottleneck_correct(
-                run.states[:, channels], slope, mean[channels], constant, total[:, channels]
+                run.states[:, channels], -r * r * mean_moment[channels], mean[channels],
+                -r * mean_plain[channels], total[:, channels],
             )  # fmt: skip
 
     for layer in reversed(range(count)):
         p, slot = layers[layer], run.slot(layer)
-        norm, inner_norm = run.norms(layer, mean, var, inner_mean, inner_var)
+        norm, inner_norm = run.norm(layer, mean, rate), run.inner_norm(layer, inner_mean, inner_rate)
         correct(slot)
         z, weight = run.load_inner(layer, inner_norm), p.inner_weight.to(dtype)
         dz, dinner_weight, _ = torch.ops.aten.convolution_backward(
             total[:, slot].contiguous(), z, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
         )
-        y = run.planes(run.inner[layer])
+        y, dy_planes = run.planes(run.output(layer)), run.planes(dy)
         plain, moment = run.ops.dnl_bottleneck_activate_bwd(
-            dz, y, inner_norm.scale, inner_norm.shift, inner_norm.mean, config.activation, False, run.planes(dy)
+            dz, y, inner_norm.scale, inner_norm.shift, inner_norm.mean, config.activation, False, dy_planes
         )
         dinner_gamma = moment * inner_norm.rate
         if measures:
-            slope = -inner_norm.scale * inner_norm.rate * dinner_gamma / elements
-            constant = -inner_norm.scale * plain / elements
-            run.ops.dnl_bottleneck_correct(y, slope, inner_norm.mean, constant, run.planes(dy))
-        dbias = dy.sum(1) if p.affine_bias is not None else dy.new_empty(0)
+            factor = inner_norm.scale * -share
+            run.ops.dnl_bottleneck_correct(
+                y, factor * inner_norm.rate * dinner_gamma, inner_norm.mean, factor * plain, dy_planes
+            )
+        gradients = {
+            "affine_bias": None if p.affine_bias is None else dy.sum((0, 2) if run.single else 1),
+            "inner_weight": dinner_weight, "inner_norm_weight": dinner_gamma, "inner_norm_bias": plain,
+        }  # fmt: skip
 
-        weight = p.affine_weight.to(dtype).flatten(1) * config.tau
+        weight = p.affine_weight.to(dtype).flatten(1)
+        weight = weight if config.tau == 1 else weight * config.tau
         dweight = torch.zeros_like(weight)
-        dbeta, dgamma = (total.new_zeros(config.layer_channels(layer)) for _ in range(2))
-        for images, columns, z in run.chunks(layer):
+        dbeta, dgamma = (total.new_zeros(weight.shape[1]) for _ in range(2))
+        for images, at, z in run.chunks(layer):
             run.load(layer, images, norm, z)
-            dweight.addmm_(dy[:, columns], z.mT)
-            torch.mm(weight.mT, dy[:, columns], out=z)
+            dweight.addmm_(dy[at], z.mT)
+            torch.mm(weight.mT, dy[at], out=z)
             for channels, rows in run.parts(layer):
                 sums = run.ops.dnl_bottleneck_activate_bwd(
                     run.planes(z[rows]), run.states[images, channels], norm.scale[rows], norm.shift[rows],
@@ -291,14 +321,12 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
                 dbeta[rows] += sums[0]
                 dgamma[rows] += sums[1]
         dgamma *= norm.rate
-        for channels, rows in run.parts(layer):
-            mean_plain[channels] += norm.gamma[rows] * dbeta[rows] / elements
-            mean_moment[channels] += norm.gamma[rows] * dgamma[rows] / elements
-        gradients = {
-            "affine_weight": (dweight * config.tau).view_as(p.affine_weight), "affine_bias": dbias,
-            "norm_weight": dgamma, "norm_bias": dbeta, "inner_weight": dinner_weight,
-            "inner_norm_weight": dinner_gamma, "inner_norm_bias": plain,
-        }  # fmt: skip
+        if measures:
+            for sums, of in ((mean_plain, dbeta * norm.gamma), (mean_moment, dgamma * norm.gamma)):
+                for channels, rows in run.parts(layer):
+                    sums[channels].add_(of[rows], alpha=share)
+        dweight = dweight if config.tau == 1 else dweight * config.tau
+        gradients |= {"affine_weight": dweight.view_as(p.affine_weight), "norm_weight": dgamma, "norm_bias": dbeta}
         given = [getattr(p, name) for name in TRAINABLE]
         found.append([
             states.new_empty(0) if t is None else gradients[name].to(t.dtype)
