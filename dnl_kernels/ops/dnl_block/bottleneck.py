@@ -169,12 +169,37 @@ class _Run:
         """y of a layer's 1x1 convolution; one buffer serves all layers where nothing is kept."""
         return self.inner[min(layer, len(self.inner) - 1)]
 
-    def load_inner(self, layer: int, norm: _Norm) -> Tensor:
-        """act(norm(y)), y the output of the layer's 1x1 convolution"""
+    def activated(self, layer: int, norm: _Norm) -> Tensor:
         z = self.states.new_empty(self.batch, self.wide, self.height, self.width)
         y = self.planes(self.output(layer))
         self.ops.dnl_bottleneck_activate(y, norm.scale, norm.shift, self.config.activation, z)
         return z
+
+    def convolve(self, layer: int, norm: _Norm) -> Tensor:
+        """The 3x3 convolution of act(norm(y)): by dense_conv2d, which activates on the way, where maps are large."""
+        weight, y = self.layers[layer].inner_weight.to(self.states.dtype), self.planes(self.output(layer))
+        if not self.single:
+            return torch.conv2d(self.activated(layer, norm), weight, padding=1)
+        return self.ops.dense_conv2d_fwd([y], weight, None, norm.scale, norm.shift, self.config.activation, 1.0)
+
+    def convolve_back(self, layer: int, norm: _Norm, dout: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dy through that convolution and the scale of the norm, as a matrix (in `dy`, or another one); the filters'
+        gradient; sum g and sum g * (y - mean), g the gradient of the norm's result."""
+        weight, y = self.layers[layer].inner_weight.to(self.states.dtype), self.planes(self.output(layer))
+        activation = self.config.activation
+        if self.single:
+            (found,), dweight, _, moment, plain = self.ops.dense_conv2d_bwd(
+                dout, [y], weight, norm.scale, norm.shift, activation, 1.0, True, True, False, True
+            )
+            return found.view_as(dy), dweight, plain, moment - norm.mean * plain
+        dz, dweight, _ = torch.ops.aten.convolution_backward(
+            dout, self.activated(layer, norm), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+            [True, True, False],
+        )  # fmt: skip
+        plain, moment = self.ops.dnl_bottleneck_activate_bwd(
+            dz, y, norm.scale, norm.shift, norm.mean, activation, False, self.planes(dy)
+        )
+        return dy, dweight, plain, moment
 
     def norm(self, layer: int, mean: Tensor, rate: Tensor) -> _Norm:
         """That of the states which the layer reads; mean and rate: of the batch, where the block measures them."""
@@ -251,8 +276,7 @@ def dnl_bottleneck_fwd(x0, tensors, keep, *static):
         if p.affine_bias is not None:
             y += p.affine_bias.to(dtype)[:, None]
         measure(run.planes(y), layer, (inner_mean, inner_var, inner_rate))
-        z = run.load_inner(layer, run.inner_norm(layer, inner_mean, inner_rate))
-        states[:, run.slot(layer)] = torch.conv2d(z, p.inner_weight.to(dtype), padding=1)
+        states[:, run.slot(layer)] = run.convolve(layer, run.inner_norm(layer, inner_mean, inner_rate))
         measure(states[:, run.slot(layer)], run.slot(layer), (mean, var, rate))
     kept = inner if keep else inner[:0]
     return states.to(x0.dtype), kept.to(x0.dtype), mean, var, inner_mean, inner_var
@@ -286,20 +310,14 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
         p, slot = layers[layer], run.slot(layer)
         norm, inner_norm = run.norm(layer, mean, rate), run.inner_norm(layer, inner_mean, inner_rate)
         correct(slot)
-        z, weight = run.load_inner(layer, inner_norm), p.inner_weight.to(dtype)
-        dz, dinner_weight, _ = torch.ops.aten.convolution_backward(
-            total[:, slot].contiguous(), z, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
-        )
-        y, dy_planes = run.planes(run.output(layer)), run.planes(dy)
-        plain, moment = run.ops.dnl_bottleneck_activate_bwd(
-            dz, y, inner_norm.scale, inner_norm.shift, inner_norm.mean, config.activation, False, dy_planes
-        )
+        dy, dinner_weight, plain, moment = run.convolve_back(layer, inner_norm, total[:, slot].contiguous(), dy)
         dinner_gamma = moment * inner_norm.rate
         if measures:
             factor = inner_norm.scale * -share
             run.ops.dnl_bottleneck_correct(
-                y, factor * inner_norm.rate * dinner_gamma, inner_norm.mean, factor * plain, dy_planes
-            )
+                run.planes(run.output(layer)), factor * inner_norm.rate * dinner_gamma, inner_norm.mean,
+                factor * plain, run.planes(dy),
+            )  # fmt: skip
         gradients = {
             "affine_bias": None if p.affine_bias is None else dy.sum((0, 2) if run.single else 1),
             "inner_weight": dinner_weight, "inner_norm_weight": dinner_gamma, "inner_norm_bias": plain,
