@@ -21,8 +21,11 @@ TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" el
 
 
 class Schema(NamedTuple):
+    """python: the module of the package whose function of the operator's name is the CPU kernel, if C++ has none."""
+
     signature: str
     fake: Callable[..., Any]
+    python: str | None = None
 
 
 def _dense_sum_fwd(states: list[Tensor], weight: Tensor, channel_dim: int) -> Tensor:
@@ -106,12 +109,45 @@ def _dnl_block_bwd(
     )
 
 
+def _dnl_bottleneck_fwd(
+    x0, tensors, keep, connectivity, growth_rate, bottleneck, norm, training, activation, tau, eps
+):
+    batch, in_channels, height, width = x0.shape
+    layers, wide = _layers(connectivity), growth_rate * bottleneck
+    channels, measured = in_channels + layers * growth_rate, norm and training
+    vector = x0.new_empty(channels if measured else 0, dtype=_accumulation_dtype(x0))
+    inner = vector.new_empty(layers if measured else 0, wide)
+    states = x0.new_empty((batch, channels, height, width))
+    kept = x0.new_empty(layers if keep else 0, wide * batch * height * width)
+    return states, kept, vector, torch.empty_like(vector), inner, torch.empty_like(inner)
+
+
+def _dnl_bottleneck_bwd(
+    dstates, states, inner, mean, var, inner_mean, inner_var, tensors, connectivity, growth_rate, bottleneck, norm,
+    training, activation, tau, eps,
+):  # fmt: skip
+    layers = _layers(connectivity)
+    batch, channels, height, width = states.shape
+    size = len(tensors) // layers
+    trainable = [t for i, t in enumerate(tensors) if i % size not in (4, 5, 9, 10)]  # all but statistics
+    return (
+        states.new_empty((batch, channels - layers * growth_rate, height, width)),
+        [states.new_empty(0) if t is None else t.new_empty(t.shape) for t in trainable],
+    )
+
+
 def _layers(triangle: list[int]) -> int:
     layers = 0
     while layers * (layers + 1) // 2 < len(triangle):
         layers += 1
     return layers
 
+
+_BOTTLENECK_TAIL = (
+    "Tensor?[] tensors,{} int[] connectivity, int growth_rate, int bottleneck, bool norm, bool training,"
+    " str activation, float tau, float eps)"
+)
+_BOTTLENECK = "ops.dnl_block.bottleneck"
 
 _BLOCK_TAIL = (
     "Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, int[] connectivity,"
@@ -152,6 +188,32 @@ SCHEMAS: dict[str, Schema] = {
         f"(Tensor dstates, Tensor states, Tensor outputs, {_BLOCK_TAIL} -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _dnl_block_bwd,
     ),
+    "dnl_bottleneck_fwd": Schema(
+        f"(Tensor x0, {_BOTTLENECK_TAIL.format(' bool keep,')} -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _dnl_bottleneck_fwd,
+        _BOTTLENECK,
+    ),
+    "dnl_bottleneck_bwd": Schema(
+        "(Tensor dstates, Tensor states, Tensor inner, Tensor mean, Tensor var, Tensor inner_mean, Tensor inner_var,"
+        f" {_BOTTLENECK_TAIL.format('')} -> (Tensor, Tensor[])",
+        _dnl_bottleneck_bwd,
+        _BOTTLENECK,
+    ),
+    # The passes over memory that the two above are made of; they are never seen by autograd or torch.compile.
+    "dnl_bottleneck_moments": Schema(
+        "(Tensor x) -> (Tensor, Tensor)", lambda x: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1]))
+    ),
+    "dnl_bottleneck_activate": Schema(
+        "(Tensor x, Tensor scale, Tensor shift, str activation, Tensor(a!) out) -> ()", lambda *_: None
+    ),
+    "dnl_bottleneck_activate_bwd": Schema(
+        "(Tensor dz, Tensor x, Tensor scale, Tensor shift, Tensor mean, str activation, bool accumulate,"
+        " Tensor(a!) total) -> (Tensor, Tensor)",
+        lambda dz, x, *_: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
+    ),
+    "dnl_bottleneck_correct": Schema(
+        "(Tensor x, Tensor rate, Tensor mean, Tensor constant, Tensor(a!) total) -> ()", lambda *_: None
+    ),
 }
 
 _libraries: list[torch.library.Library] = []  # a Library withdraws its definitions when it is collected
@@ -166,14 +228,14 @@ def define(namespaces: tuple[str, ...] = NAMESPACES) -> None:
             torch.library.register_fake(f"{namespace}::{name}", schema.fake, lib=library)
             if namespace == "dnl_triton":
                 for device in TRITON_DEVICES:
-                    library.impl(name, _in_triton(name), device.upper())
+                    library.impl(name, _in_python(f"ops.{name.rpartition('_')[0]}.triton", name), device.upper())
+            elif schema.python:
+                library.impl(name, _in_python(schema.python, name), "CPU")
         _libraries.append(library)
 
 
-def _in_triton(name: str) -> Callable[..., Any]:
-    module = f"dnl_kernels.ops.{name.rpartition('_')[0]}.triton"
-
+def _in_python(module: str, name: str) -> Callable[..., Any]:
     def implementation(*arguments):
-        return getattr(importlib.import_module(module), name)(*arguments)
+        return getattr(importlib.import_module("dnl_kernels." + module), name)(*arguments)
 
     return implementation

@@ -131,6 +131,13 @@ struct Ahead {
   template <class T>                                                                                                \
   void correct_planes(const Tile&, int64_t channels, const T* a, const T* b, const T* c, const T* m,                \
                       Planes<const T> x, Planes<const T> dout, T* gradient, int64_t stride, double* sums);          \
+  /* g = dvalue * act'(scale * u + shift) for n numbers: total (+)= scale * g; sums += sum g, sum g * (u - centre) */    \
+  template <class T>                                                                                                \
+  void activate_back_run(const T* dvalue, const T* u, int64_t n, T scale, T shift, T centre, Activation,            \
+                         bool accumulate, T* total, double* sums);                                                  \
+  /* total += rate * (x - centre) + constant for n numbers */                                                       \
+  template <class T>                                                                                                \
+  void correct_run(const T* x, int64_t n, T rate, T centre, T constant, T* total);                                  \
   /* mean and sum of squared deviations of n numbers; their sum in double */                                        \
   template <class T>                                                                                                \
   void moments(const T* x, int64_t n, double* mean, double* deviations);                                            \

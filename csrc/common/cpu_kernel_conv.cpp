@@ -31,9 +31,23 @@ DNL_INLINE void dispatch_outputs(int64_t outputs, Body body) {
   }
 }
 
+// A zero that the compiler does not know: it would make calls of memset, which cost more than the padding of a row.
+template <class T>
+DNL_INLINE Vec<T> opaque_zero() {
+  Vec<T> none{};
+  DNL_IN_REGISTER(none);
+  return none;
+}
+
 template <class T>
 DNL_INLINE void zero(T* p, int64_t n) {
-  if (n > 0) memset(p, 0, n * sizeof(T));
+  const Vec<T> none = opaque_zero<T>();
+  if (n < kLanes<T>) {
+    for (int64_t i = 0; i < n; i++) p[i] = none[0];
+    return;
+  }
+  for (int64_t i = 0; i + kLanes<T> < n; i += kLanes<T>) store(p + i, none);
+  store(p + n - kLanes<T>, none);
 }
 
 // Spreads the cache lines of `Ahead` over the steps (tiles x channels) of a loop.
@@ -92,13 +106,15 @@ template <class T, Activation A>
 DNL_INLINE void load_row(const T* from, T* to, int64_t width, int64_t readable, int64_t radius, T scale, T shift) {
   constexpr int64_t lanes = kLanes<T>;
   const Vec<T> s = broadcast(scale), h = broadcast(shift);
-  for (int64_t x = 0; x < width; x += lanes) {
+  const auto step = [&](int64_t x, Vec<T> in) {
     Vec<T> value, slope;
-    const Vec<T> in = x + lanes <= readable ? load(from + x) : load_partial(from + x, int(readable - x));
     activate<T, A>(in * s + h, value, slope);
     store(to + x, value);  // may run into the next row, which is written later
-  }
-  for (int64_t i = 0; i < radius; i++) to[width + i] = T(0);
+  };
+  int64_t x = 0;
+  for (; x < width && x + lanes <= readable; x += lanes) step(x, load(from + x));
+  if (x < width) step(x, load_partial(from + x, int(readable - x)));
+  for (int64_t i = 0; i < radius; i += lanes) store(to + width + i, opaque_zero<T>());
 }
 
 }  // namespace
@@ -179,24 +195,32 @@ void convolve_back(const FlatPlane& f, const T* from, int64_t from_stride, int64
     for_each_tile<T, O>(span, [&]<int V>(int64_t p) {
       Vec<T> sum[O][V] = {};
       accumulate_tile<T, O, V>(from + p, from_stride, channels, taps, tap_count, weight, sum, ahead);
+      const auto finish = [&]<bool kLast>() {
 #pragma GCC unroll 6
-      for (int o = 0; o < O; o++) {
-        const Vec<T> s = broadcast(scale ? scale[o] : T(1));
+        for (int o = 0; o < O; o++) {
+          const Vec<T> s = broadcast(scale ? scale[o] : T(1));
+          Vec<T> tile_plain{}, tile_moment{};
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) {
-          const int64_t i = o * length + p + v * kLanes<T>;
-          Vec<T> g = sum[o][v];
-          if (slope)
-            g *= load(slope + o * slope_stride + p + v * kLanes<T>);
-          else
-            g = load(value + i) <= Vec<T>{} ? Vec<T>{} : g;
-          const int64_t left = span - p - v * kLanes<T>;  // the pixels after the last one belong to another tile
-          if (left < kLanes<T>) g = first_lanes<T>(g, left);
-          plain[o] += g;
-          moment[o] += g * load(u + i);
-          store(total + i, accumulate ? load(total + i) + g * s : g * s);
+          for (int v = 0; v < V; v++) {
+            const int64_t at = p + v * kLanes<T>, i = o * length + at;
+            Vec<T> g = sum[o][v];
+            if (slope)
+              g *= load(slope + o * slope_stride + at);
+            else
+              g = load(value + i) <= Vec<T>{} ? Vec<T>{} : g;
+            if constexpr (kLast) g = first_lanes<T>(g, span - at);  // the pixels after the last belong to another tile
+            tile_plain += g;
+            tile_moment += g * load(u + i);
+            store(total + i, accumulate ? load(total + i) + g * s : g * s);
+          }
+          plain[o] += tile_plain;
+          moment[o] += tile_moment;
         }
-      }
+      };
+      if (p + V * kLanes<T> <= span)
+        finish.template operator()<false>();
+      else
+        finish.template operator()<true>();
     });
     if (sums)
       for (int o = 0; o < O; o++) {
@@ -211,11 +235,17 @@ void weight_gradient(const FlatPlane& f, const T* value, int64_t channels, const
                      const T* dy, int64_t dy_stride, int64_t outputs, T* gradient, int64_t row) {
   const int64_t length = f.length(), span = f.span(), streams = channels * tap_count;
   dispatch_outputs(outputs, [&]<int O>() {
+    const T* plane = value;  // of the next stream, and its tap
+    int64_t tap = 0;
     const auto pass = [&]<int S>(int64_t first) {
       const T* x[S];
       for (int64_t i = 0; i < S; i++) {
-        const int64_t s = first + i < streams ? first + i : streams - 1;
-        x[i] = value + s / tap_count * length + taps[s % tap_count];
+        x[i] = plane + taps[tap];
+        if (first + i + 1 >= streams) continue;  // the last pass repeats the last stream
+        if (++tap == tap_count) {
+          tap = 0;
+          plane += length;
+        }
       }
       Vec<T> sum[S][O] = {};
       const auto step = [&](int64_t p, auto restrict_lanes) {
@@ -224,7 +254,8 @@ void weight_gradient(const FlatPlane& f, const T* value, int64_t channels, const
         for (int i = 0; i < S; i++) in[i] = load(x[i] + p);
 #pragma GCC unroll 6
         for (int o = 0; o < O; o++) {
-          const Vec<T> g = restrict_lanes(load(dy + o * dy_stride + p));
+          Vec<T> g = restrict_lanes(load(dy + o * dy_stride + p));
+          DNL_IN_REGISTER(g);  // loads are as scarce as multiplications here: not once more for each stream
 #pragma GCC unroll 4
           for (int i = 0; i < S; i++) sum[i][o] += in[i] * g;
         }
@@ -232,8 +263,12 @@ void weight_gradient(const FlatPlane& f, const T* value, int64_t channels, const
       int64_t p = 0;
       for (; p + kLanes<T> <= span; p += kLanes<T>) step(p, [](Vec<T> g) { return g; });
       if (p < span) step(p, [&](Vec<T> g) { return first_lanes<T>(g, span - p); });
-      for (int64_t i = 0; i < S && first + i < streams; i++)
+#pragma GCC unroll 4
+      for (int i = 0; i < S; i++) {
+        if (first + i >= streams) break;
+#pragma GCC unroll 6
         for (int o = 0; o < O; o++) gradient[(first + i) * row + o] += sum_lanes<T>(sum[i][o]);
+      }
     };
     int64_t first = 0;
     for (; first + kStreams / 2 < streams; first += kStreams) pass.template operator()<kStreams>(first);
@@ -316,7 +351,7 @@ void correct_planes(const Tile& tile, int64_t channels, const T* a, const T* b, 
           }
           sum += v;
         }
-        for (int64_t r = 0; r < f.radius; r++) pixels[y * pitch + f.width + r] = T(0);
+        zero(pixels + y * pitch + f.width, f.radius);
       }
       if (last) zero(pixels + f.rows * pitch, f.radius * pitch);
     }
@@ -327,6 +362,38 @@ void correct_planes(const Tile& tile, int64_t channels, const T* a, const T* b, 
     }
     if (sums) sums[k] += sum_lanes<T>(sum);
   }
+}
+
+template <class T>
+void activate_back_run(const T* dvalue, const T* u, int64_t n, T scale, T shift, T centre, Activation activation,
+                       bool accumulate, T* total, double* sums) {
+  const Vec<T> s = broadcast(scale), h = broadcast(shift), m = broadcast(centre);
+  dispatch_activation(activation, [&]<Activation A>() {
+    Vec<T> plain{}, moment{};
+    const auto step = [&](Vec<T> g, Vec<T> x, Vec<T> before) {
+      Vec<T> value, slope;
+      activate<T, A>(x * s + h, value, slope);
+      g *= slope;
+      plain += g;
+      moment += g * (x - m);
+      return before + g * s;
+    };
+    const Vec<T> zero{};
+    int64_t p = 0;
+    for (; p + kLanes<T> <= n; p += kLanes<T>)
+      store(total + p, step(load(dvalue + p), load(u + p), accumulate ? load(total + p) : zero));
+    if (const int left = int(n - p)) {
+      const Vec<T> before = accumulate ? load_partial(total + p, left) : zero;
+      store_partial(total + p, step(load_partial(dvalue + p, left), load_partial(u + p, left), before), left);
+    }
+    sums[0] += sum_lanes<T>(plain);
+    sums[1] += sum_lanes<T>(moment);
+  });
+}
+
+template <class T>
+void correct_run(const T* x, int64_t n, T rate, T centre, T constant, T* total) {
+  for (int64_t p = 0; p < n; p++) total[p] += rate * (x[p] - centre) + constant;
 }
 
 template <class T>
@@ -361,6 +428,8 @@ void moments(const T* x, int64_t n, double* mean, double* deviations) {
   template void apply_slope<T>(const FlatPlane&, int64_t, const T*, const T*, const T*, T*, double*);                  \
   template void correct_planes<T>(const Tile&, int64_t, const T*, const T*, const T*, const T*, Planes<const T>,       \
                                   Planes<const T>, T*, int64_t, double*);                                              \
+  template void activate_back_run<T>(const T*, const T*, int64_t, T, T, T, Activation, bool, T*, double*);             \
+  template void correct_run<T>(const T*, int64_t, T, T, T, T*);                                                        \
   template void moments<T>(const T*, int64_t, double*, double*);
 DNL_INSTANTIATE(float)
 DNL_INSTANTIATE(double)

@@ -16,6 +16,14 @@
 #define DNL_VECTOR_BYTES 16
 #endif
 #define DNL_INLINE inline __attribute__((always_inline))
+// Keeps the compiler from reading a vector again, as an operand in memory, for each of its uses.
+#if defined(__AVX512F__)
+#define DNL_IN_REGISTER(v) __asm__("" : "+v"(v))
+#elif defined(__x86_64__)
+#define DNL_IN_REGISTER(v) __asm__("" : "+x"(v))
+#else
+#define DNL_IN_REGISTER(v)
+#endif
 
 namespace dnl::DNL_ISA {
 
@@ -28,15 +36,19 @@ using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kLanes = DNL_VECTOR_BYTES / sizeof(T);
 
+// The same vector at any address of a T. Unlike memcpy, a store through it changes no pointer or counter, as far as the
+// compiler is concerned, which may then stay in a register.
+template <class T>
+struct UnalignedOf {
+  typedef T type __attribute__((vector_size(DNL_VECTOR_BYTES), aligned(alignof(T))));
+};
 template <class T>
 DNL_INLINE Vec<T> load(const T* p) {
-  Vec<T> v;
-  memcpy(&v, p, sizeof v);
-  return v;
+  return *reinterpret_cast<const typename UnalignedOf<T>::type*>(p);
 }
 template <class T>
 DNL_INLINE void store(T* p, Vec<T> v) {
-  memcpy(p, &v, sizeof v);
+  *reinterpret_cast<typename UnalignedOf<T>::type*>(p) = v;
 }
 template <class T>
 DNL_INLINE Vec<T> broadcast(T s) {

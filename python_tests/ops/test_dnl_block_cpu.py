@@ -9,7 +9,7 @@ from torch import nn
 
 from dnl_kernels import _backend
 from dnl_kernels.nn import DNLBlock
-from dnl_kernels.ops.dnl_block import fused, reference
+from dnl_kernels.ops.dnl_block import bottleneck, fused, reference
 from dnl_kernels.ops.dnl_block.api import dnl_block_with_statistics
 from dnl_kernels.ops.dnl_block.config import BlockConfig, LayerParameters
 from dnl_kernels.testing import assert_within_budget, relative_error
@@ -41,6 +41,13 @@ CASES = {
     "paper-input-skip": block(preactivation=False, input_skip=True, training=True, tau=1 / 3, activation="leaky_relu"),
     "paper-skip-only": block(NOTHING_READ, preactivation=False, input_skip=True, norm=None, tau=0.5),
     "wide": block(growth=32, in_channels=17, training=True),
+}
+BOTTLENECKS = {
+    "bc": block(bottleneck=4, training=True),
+    "bc-eval": block(bottleneck=2, activation="silu", tau=0.5),
+    "bc-window": block(WINDOW, bottleneck=3, activation="gelu", training=True, tau=1 / 3),
+    "bc-holes": block(HOLES, bottleneck=2, activation="tanh", training=True),
+    "bc-no-norm": block(HOLES, bottleneck=2, norm=None, activation="leaky_relu", growth=3),
 }
 SHAPES = {
     "images": (6, 8, 8),
@@ -98,15 +105,16 @@ def step(function, x, layers, config):
 
 
 def biased(config):
-    return not (config.norm and config.training and not config.preactivation)
+    """Whether a bias has a gradient: not in front of batch statistics."""
+    return not (config.norm and config.training and (config.bottleneck or not config.preactivation))
 
 
-def check(config, shape, dtype, factor=2.0):
+def check(config, shape, dtype, factor=2.0, kernels=fused):
     batch, height, width = shape
     x = torch.randn(batch, config.in_channels, height, width, dtype=torch.float64).to(dtype)
     layers = parameters_of(config, dtype, biased(config))
-    assert fused.limit(x, layers, config, None) is None
-    states, statistics, grads = step(fused.dnl_block, x, layers, config)
+    assert kernels.limit(x, layers, config, None) is None
+    states, statistics, grads = step(kernels.dnl_block, x, layers, config)
     eager, eager_statistics, eager_grads = step(reference.dnl_block, x, layers, config)
     exact, exact_statistics, exact_grads = step(reference.dnl_block, x.double(), cast(layers, torch.float64), config)
     assert_within_budget("states", states, exact, eager, factor)
@@ -131,7 +139,7 @@ def check(config, shape, dtype, factor=2.0):
                 used = theirs[:n].isfinite()
                 wide = getattr(eager_statistics, name)[:n][used]
                 assert_within_budget(name, ours[:n][used].to(wide.dtype), theirs[:n][used], wide, factor)
-        for name in ("output_mean", "output_var"):
+        for name in ("inner_mean", "inner_var", "output_mean", "output_var"):
             groups = [getattr(s, name) for s in (statistics, exact_statistics, eager_statistics)]
             for ours, theirs, wide in zip(*groups, strict=True):
                 assert_within_budget(name, ours.to(wide.dtype), theirs, wide, factor)
@@ -147,6 +155,59 @@ def test_against_float64_on_every_instruction_set(isa, config):
 @pytest.mark.parametrize("name", ["densenet", "leaky-window", "silu-eval", "paper", "paper-input-skip"])
 def test_every_shape(name, shape):
     check(CASES[name], shape, torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 5), (2, 23, 24), (4, 1, 1)], ids=["all-images", "single", "one-pixel"])
+@pytest.mark.parametrize("config", BOTTLENECKS.values(), ids=BOTTLENECKS)
+def test_bottlenecks(isa, config, shape):
+    check(config, shape, torch.float64, kernels=bottleneck)
+    check(config, shape, torch.float32, factor=4.0, kernels=bottleneck)  # MKL's order of summation is not eager's
+
+
+def test_bottlenecks_in_half_precision_keep_their_states_and_inner_maps_narrow():
+    config = BOTTLENECKS["bc"]
+    check(config, (2, 23, 24), torch.bfloat16, factor=4.0, kernels=bottleneck)
+    layers, kept = parameters_of(config, torch.bfloat16), {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    x = torch.randn(2, 5, 23, 24).bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        bottleneck.dnl_block(x, layers, config)
+    large = sorted(t.numel() for t in kept.values() if t.numel() > 3 * 9 * 16 * 4 and t.dtype == torch.bfloat16)
+    pixels = 2 * 23 * 24
+    assert large == sorted([5 * pixels, 17 * pixels, 3 * 16 * pixels])
+    assert all(t.numel() < 1000 for t in kept.values() if t.dtype == torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3), (1, 23, 23)])
+def test_every_derivative_of_a_bottleneck(shape):
+    """The second shape takes the path of large maps. Along random directions; test_bottlenecks has every number."""
+    batch, height, width = shape
+    config = block(WINDOW, growth=2, in_channels=2, bottleneck=2, activation="tanh", training=True, tau=0.5)
+    layers = parameters_of(config, torch.float64, bias=False)
+    x = torch.randn(batch, 2, height, width, dtype=torch.float64)
+    leaves = list(named_leaves(x, layers).values())[1:]
+
+    def function(x, *values):
+        found = iter(values)
+        given = [LayerParameters(*(next(found) if t is not None and t.requires_grad else t for t in p)) for p in layers]
+        return bottleneck.dnl_block(x, given, config)[0]
+
+    assert torch.autograd.gradcheck(function, (x.requires_grad_(), *leaves), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 5), (2, 23, 24)])
+def test_a_bottleneck_is_deterministic_and_keeps_nothing_without_gradients(shape):
+    config = BOTTLENECKS["bc"]
+    layers = parameters_of(config, torch.float32)
+    x = torch.randn(shape[0], 5, *shape[1:])
+    (first, _, grads), (again, _, more) = (step(bottleneck.dnl_block, x, layers, config) for _ in range(2))
+    assert torch.equal(first, again) and all(torch.equal(grads[name], more[name]) for name in grads)
+    with torch.no_grad():
+        assert torch.equal(bottleneck.dnl_block(x, layers, config)[0], first)
 
 
 @pytest.mark.parametrize("growth", [1, 2, 3, 5, 6, 8, 11, 12, 31, 64])
@@ -316,7 +377,7 @@ LIMITS = [
     (block(), "reference", "CPU kernel"),
     (block(kernel="softmax", head_dim=2, heads=2), None, "kernel='local'"),
     (block(affine="linear"), None, "linear"),
-    (block(bottleneck=2), None, "bottleneck"),
+    (block(bottleneck=2, preactivation=False), None, "bottleneck"),
     (block(input_skip=True), None, "paper's order"),
 ]
 
@@ -353,3 +414,12 @@ def test_registered_operators():
             packed = packed._replace(mean=mean, var=var)
         arguments = (torch.ones_like(states), states, outputs, *packed, *fused._static(config))
         torch.library.opcheck(torch.ops.dnl.dnl_block_bwd.default, arguments)
+    for shape in ((2, 3, 4), (1, 23, 23)):
+        config, x = BOTTLENECKS["bc"], torch.randn(shape[0], 5, *shape[1:], dtype=torch.float64)
+        layers = parameters_of(config, torch.float64)
+        tensors = [None if "mean" in n or "var" in n else getattr(p, n).detach() for p in layers for n in bottleneck.NAMES]
+        arguments = (x, tensors, True, *bottleneck._static(config))
+        torch.library.opcheck(torch.ops.dnl.dnl_bottleneck_fwd.default, arguments)
+        states, *extra = _backend.kernel("cpu", "dnl_bottleneck_fwd")(*arguments)
+        arguments = (torch.ones_like(states), states, *extra, tensors, *bottleneck._static(config))
+        torch.library.opcheck(torch.ops.dnl.dnl_bottleneck_bwd.default, arguments)

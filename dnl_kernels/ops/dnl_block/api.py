@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import _backend
 from ..._autograd import autocast, outside_autocast
 from ..._checks import ACTIVATIONS, KERNELS, check_choice, check_positive, check_shape, check_tensor, fail, shape
-from . import composition, fused, reference
+from . import bottleneck, composition, fused, reference
 from .config import AFFINES, NORMS, BlockConfig, LayerParameters, Statistics
 
 OP = "dnl_block"
@@ -59,8 +59,9 @@ def dnl_block_with_statistics(
     with outside_autocast(x0):
         if backend == "reference":
             return reference.dnl_block(x0, parameters, config)
-        if fused.limit(x0, parameters, config, backend) is None:
-            return fused.dnl_block(x0, parameters, config)
+        for kernels in (fused, bottleneck):
+            if kernels.limit(x0, parameters, config, backend) is None:
+                return kernels.dnl_block(x0, parameters, config)
         return composition.dnl_block(x0, parameters, config, backend)
 
 

@@ -1,0 +1,135 @@
+// What a block with a bottleneck needs around torch's products (dnl_kernels/ops/dnl_block/bottleneck.py): statistics,
+// normalise-activate and its gradient for some channels of a buffer, one pass over memory each. Tensors are
+// [B, C, H, W] with dense planes and any strides between them; vectors are [C].
+#include <algorithm>
+
+#include "common/conv_host.h"
+
+namespace dnl {
+namespace {
+
+constexpr int64_t kGrain = 16384;  // elements per task
+
+struct Shape {
+  int64_t batch, channels, pixels;
+};
+
+// Checked against each other: planes as the loops read and write them, vectors of one number per channel.
+Shape shape_of(const Tensor& x, std::initializer_list<const Tensor*> planes,
+               std::initializer_list<const Tensor*> vectors) {
+  DNL_CHECK(x.dim() == 4, "dnl_bottleneck: x");
+  const int64_t h = x.size(2), w = x.size(3);
+  const auto dense = [&](const Tensor& t) { return (w <= 1 || t.stride(3) == 1) && (h <= 1 || t.stride(2) == w); };
+  DNL_CHECK(dense(x), "dnl_bottleneck: planes of x");
+  for (const Tensor* t : planes)
+    DNL_CHECK(same_sizes(*t, x) && t->scalar_type() == x.scalar_type() && dense(*t), "dnl_bottleneck: planes");
+  for (const Tensor* t : vectors)
+    DNL_CHECK(t->numel() == x.size(1) && t->scalar_type() == x.scalar_type() && t->is_contiguous(),
+              "dnl_bottleneck: vector");
+  return {x.size(0), x.size(1), h * w};
+}
+
+// Runs body(channel) for all channels, in parallel: a channel's sums depend on no thread count.
+template <class Body>
+void for_each_channel(const Shape& s, Body body) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, s.batch * s.pixels));
+  parallel_for(0, s.channels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c++) body(c);
+  });
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+std::tuple<Tensor, Tensor> dnl_bottleneck_moments(const Tensor& x) {
+  const Shape s = shape_of(x, {}, {});
+  Tensor mean = torch::stable::new_empty(x, {s.channels}), var = torch::stable::new_empty(x, {s.channels});
+  dispatch_float("dnl_bottleneck", x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Planes<const T> from = planes_of<const T>(x);
+    for_each_channel(s, [&](int64_t c) {
+      double count = 0, middle = 0, deviations = 0;
+      for (int64_t b = 0; b < s.batch; b++) {
+        double m, d;
+        DNL_ISA_CALL(moments<T>(at(from, b, c).data, s.pixels, &m, &d));
+        const double n = static_cast<double>(s.pixels), total = count + n, delta = m - middle;
+        if (n == 0) continue;
+        deviations += d + delta * delta * count * n / total;
+        middle += delta * n / total;
+        count = total;
+      }
+      data<T>(mean)[c] = static_cast<T>(middle);
+      data<T>(var)[c] = static_cast<T>(count > 0 ? deviations / count : 0.0);
+    });
+  });
+  return {mean, var};
+}
+
+// out = act(scale * x + shift)
+void dnl_bottleneck_activate(const Tensor& x, const Tensor& scale, const Tensor& shift, std::string activation,
+                             Tensor out) {
+  const Shape s = shape_of(x, {&out}, {&scale, &shift});
+  const Activation act = activation_of(activation);
+  dispatch_float("dnl_bottleneck", x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Planes<const T> from = planes_of<const T>(x);
+    const Planes<T> to = planes_of<T>(out);
+    for_each_channel(s, [&](int64_t c) {
+      for (int64_t b = 0; b < s.batch; b++)
+        DNL_ISA_CALL(activate_run<T>(at(from, b, c).data, s.pixels, data<T>(scale)[c], data<T>(shift)[c],
+                                     static_cast<const T*>(nullptr), act, at(to, b, c).data, static_cast<T*>(nullptr)));
+    });
+  });
+}
+
+// g = dz * act'(scale * x + shift): total (+)= scale * g; returns sum g and sum g * (x - mean) of every channel.
+std::tuple<Tensor, Tensor> dnl_bottleneck_activate_bwd(const Tensor& dz, const Tensor& x, const Tensor& scale,
+                                                       const Tensor& shift, const Tensor& mean, std::string activation,
+                                                       bool accumulate, Tensor total) {
+  const Shape s = shape_of(x, {&dz, &total}, {&scale, &shift, &mean});
+  const Activation act = activation_of(activation);
+  Tensor plain = torch::stable::new_empty(x, {s.channels}), moment = torch::stable::new_empty(x, {s.channels});
+  dispatch_float("dnl_bottleneck", x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Planes<const T> from = planes_of<const T>(x), gradient = planes_of<const T>(dz);
+    const Planes<T> to = planes_of<T>(total);
+    for_each_channel(s, [&](int64_t c) {
+      double sums[2] = {};
+      for (int64_t b = 0; b < s.batch; b++)
+        DNL_ISA_CALL(activate_back_run<T>(at(gradient, b, c).data, at(from, b, c).data, s.pixels, data<T>(scale)[c],
+                                          data<T>(shift)[c], data<T>(mean)[c], act, accumulate, at(to, b, c).data,
+                                          sums));
+      data<T>(plain)[c] = static_cast<T>(sums[0]);
+      data<T>(moment)[c] = static_cast<T>(sums[1]);
+    });
+  });
+  return {plain, moment};
+}
+
+// total += rate * (x - mean) + constant
+void dnl_bottleneck_correct(const Tensor& x, const Tensor& rate, const Tensor& mean, const Tensor& constant,
+                            Tensor total) {
+  const Shape s = shape_of(x, {&total}, {&rate, &mean, &constant});
+  dispatch_float("dnl_bottleneck", x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Planes<const T> from = planes_of<const T>(x);
+    const Planes<T> to = planes_of<T>(total);
+    for_each_channel(s, [&](int64_t c) {
+      for (int64_t b = 0; b < s.batch; b++)
+        DNL_ISA_CALL(correct_run<T>(at(from, b, c).data, s.pixels, data<T>(rate)[c], data<T>(mean)[c],
+                                    data<T>(constant)[c], at(to, b, c).data));
+    });
+  });
+}
+
+}  // namespace
+}  // namespace dnl
+
+STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
+  m.impl("dnl_bottleneck_moments", TORCH_BOX(&dnl::dnl_bottleneck_moments));
+  m.impl("dnl_bottleneck_activate", TORCH_BOX(&dnl::dnl_bottleneck_activate));
+  m.impl("dnl_bottleneck_activate_bwd", TORCH_BOX(&dnl::dnl_bottleneck_activate_bwd));
+  m.impl("dnl_bottleneck_correct", TORCH_BOX(&dnl::dnl_bottleneck_correct));
+}
