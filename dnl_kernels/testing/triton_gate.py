@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -121,6 +122,14 @@ def table(found: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def write(path: str, text: str) -> None:
+    """A report on disk, complete or not there."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".part", "w") as file:
+        file.write(text)
+    os.replace(path + ".part", path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", choices=[[], *CALLS])
@@ -131,8 +140,7 @@ def main() -> None:
     text = f"# Triton kernels: compile report\n\n{HEADER}\n\n{table(found)}\n"
     print(text)
     if arguments.markdown:
-        with open(arguments.markdown, "w") as file:
-            file.write(text)
+        write(arguments.markdown, text)
     faults = [f"{' '.join(cells(row)[:4])}: {fault}" for row in found for fault in row.faults()]
     print("\n".join(faults) or "every kernel is within its budget")
     sys.exit(bool(faults))
