@@ -79,7 +79,8 @@ def _nonlocal_attention(kernel):
             return nonlocal_attention.nonlocal_attention(**leaves, **words)
 
         named = dict(zip(("query", "key", "value", "bandwidth"), tensors, strict=True))
-        return Call(_given(named), run, {"": case.factor, "bandwidth": 10.0})
+        # Of large scores the error is chance: over eight draws 5e-6 to 2e-4, alike for eager and every kernel.
+        return Call(_given(named), run, {"": case.factor * (2 if case.spread > 1 else 1), "bandwidth": 10.0})
 
     return make
 

@@ -63,20 +63,20 @@ def _positions(first, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _centred(x, CENTRE, bh, KIND: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    if KIND == "softmax":
-        return x
-    feature = tl.arange(0, BLOCK)
-    centre = tl.load(CENTRE + bh.to(tl.int64) * D + feature, mask=feature < D, other=0.0)
-    return (x.to(tl.float32) - centre[None, :]).to(x.dtype)
+    if KIND != "softmax":
+        feature = tl.arange(0, BLOCK)
+        centre = tl.load(CENTRE + bh.to(tl.int64) * D + feature, mask=feature < D, other=0.0)
+        x = (x.to(tl.float32) - centre[None, :]).to(x.dtype)
+    return x
 
 
 @triton.jit
 def _factor(BANDWIDTH, h, scale, KIND: tl.constexpr):
     """What scores are multiplied with; `scale` is that of softmax, or 1 for a Gaussian, times log2(e)."""
-    if KIND == "softmax":
-        return scale
-    bandwidth = tl.load(BANDWIDTH + h).to(tl.float32)
-    return scale / (bandwidth * bandwidth)
+    if KIND != "softmax":
+        bandwidth = tl.load(BANDWIDTH + h).to(tl.float32)
+        scale = scale / (bandwidth * bandwidth)
+    return scale
 
 
 @triton.jit
@@ -100,9 +100,19 @@ def _minus_square_distances(A, a_strides, a, a_exists, B, b_strides, b, b_exists
 
 @triton.jit
 def _seen_keys(MASK, b, j, M):
-    if MASK is None:
-        return j < M
-    return (j < M) & (tl.load(MASK + b.to(tl.int64) * M + j, mask=j < M, other=0) != 0)
+    seen = j < M
+    if MASK is not None:
+        seen = seen & (tl.load(MASK + b.to(tl.int64) * M + j, mask=seen, other=0) != 0)
+    return seen
+
+
+@triton.jit
+def _reread(x, inside, TENSOR_CORES: tl.constexpr):
+    """x, in a loop whose body is `inside`. Without tensor cores, a thread needs whole rows of a product's operands; this
+    keeps them in shared memory, where they would be moved out of the loop into (spilled) registers otherwise."""
+    if not TENSOR_CORES:
+        x = tl.where(inside, x, 0.0)
+    return x
 
 
 @triton.jit
@@ -112,22 +122,23 @@ def _add_product(
 ):  # fmt: skip
     """sum + w x, w being zero where not allowed. Where causality cuts through a tile, a NaN or infinity of x must not
     reach a row that does not see it, as it would in a matrix product: 0 * NaN. Those few are added one by one."""
-    if not CAUSAL:
-        return tl.dot(w.to(WORK), x.to(WORK), sum, input_precision=PRECISION)
-    finite = tl.abs(x.to(tl.float32)) < INFINITY
-    sum = tl.dot(w.to(WORK), tl.where(finite, x, 0.0).to(WORK), sum, input_precision=PRECISION)
-    if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
-        column = tl.arange(0, w.shape[1])
-        feature = tl.arange(0, x.shape[1]).to(position.dtype)
-        for c in range(w.shape[1]):
-            here = column == c
-            weight = tl.sum(tl.where(here[None, :], w, 0.0), 1)
-            sees = tl.max((here[None, :] & allowed).to(tl.int32), 1) != 0
-            at = tl.sum(tl.where(here, position, 0), 0)
-            there = (tl.max((here & exists).to(tl.int32), 0) != 0) & (feature < FEATURES)
-            row = tl.load(X + (at * strides[2] + feature * strides[3]), mask=there, other=0.0).to(tl.float32)
-            bad = (tl.abs(row) < INFINITY) == 0
-            sum += tl.where(sees[:, None] & bad[None, :], weight[:, None] * row[None, :], 0.0)
+    if CAUSAL:
+        finite = tl.abs(x.to(tl.float32)) < INFINITY
+        sum = tl.dot(w.to(WORK), tl.where(finite, x, 0.0).to(WORK), sum, input_precision=PRECISION)
+        if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
+            column = tl.arange(0, w.shape[1])
+            feature = tl.arange(0, x.shape[1]).to(position.dtype)
+            for c in range(w.shape[1]):
+                here = column == c
+                weight = tl.sum(tl.where(here[None, :], w, 0.0), 1)
+                sees = tl.max((here[None, :] & allowed).to(tl.int32), 1) != 0
+                at = tl.sum(tl.where(here, position, 0), 0)
+                there = (tl.max((here & exists).to(tl.int32), 0) != 0) & (feature < FEATURES)
+                row = tl.load(X + (at * strides[2] + feature * strides[3]), mask=there, other=0.0).to(tl.float32)
+                bad = (tl.abs(row) < INFINITY) == 0
+                sum += tl.where(sees[:, None] & bad[None, :], weight[:, None] * row[None, :], 0.0)
+    else:
+        sum = tl.dot(w.to(WORK), x.to(WORK), sum, input_precision=PRECISION)
     return sum
 
 
@@ -139,7 +150,7 @@ def _fold_keys(
     out, total, top, q, i, i_exists, factor, first, last, M, b, bh, Q, K, V, CENTRE, MASK, q_strides, k_strides,
     v_strides, D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, WORK: tl.constexpr, WORK_PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, WIDE: tl.constexpr,
+    TENSOR_CORES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys [first, last) into the rows' sums; not MASKED: all of them exist and are seen by every row."""
     for j0 in range(first, last, BLOCK_N):
@@ -149,7 +160,7 @@ def _fold_keys(
             s = _minus_square_distances(Q, q_strides, i, i_exists, K, k_strides, j, seen, D) * (0.5 * factor)
         else:
             k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = tl.dot(_reread(q, j0 < last, TENSOR_CORES), tl.trans(k), input_precision=PRECISION) * factor
             if KIND == "gaussian":
                 s += _bias(k, factor)[None, :]
         allowed = seen[None, :]
@@ -179,7 +190,7 @@ def nonlocal_fwd_kernel(
     Q, K, V, BANDWIDTH, CENTRE, MASK, OUT, SHIFT, SUM, q_strides, k_strides, v_strides, out_strides, heads, N, M, scale,
     D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, WORK: tl.constexpr, WORK_PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    TENSOR_CORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries: output, and the rows' shift and sum."""
     tiles = tl.cdiv(N, BLOCK_M)
@@ -199,16 +210,16 @@ def nonlocal_fwd_kernel(
     top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
     last = tl.minimum(M, (tile + 1) * BLOCK_M) if CAUSAL else M
     full = 0
-    if MASK is None:
+    if TENSOR_CORES and MASK is None:
         full = (tl.minimum(M, tile * BLOCK_M + 1) if CAUSAL else M) // BLOCK_N * BLOCK_N
         out, total, top = _fold_keys(
             out, total, top, q, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, CENTRE, MASK, q_strides, k_strides,
-            v_strides, D, E, KIND, NORMALIZE, CAUSAL, False, PRECISION, WORK, WORK_PRECISION, BLOCK_N, BLOCK_D, BLOCK_E,
+            v_strides, D, E, KIND, NORMALIZE, CAUSAL, False, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E,
             WIDE,
         )  # fmt: skip
     out, total, top = _fold_keys(
         out, total, top, q, i, i_exists, factor, full, last, M, b, bh, Q, K, V, CENTRE, MASK, q_strides, k_strides,
-        v_strides, D, E, KIND, NORMALIZE, CAUSAL, True, PRECISION, WORK, WORK_PRECISION, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
+        v_strides, D, E, KIND, NORMALIZE, CAUSAL, True, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
     )  # fmt: skip
     if NORMALIZE:
         alone = total == 0.0  # sees no key
@@ -235,8 +246,8 @@ def _pull_keys(
     dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, first, last, M, b, bh, Q, K, V, CENTRE, MASK,
     q_strides, k_strides, v_strides, D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, MOMENT: tl.constexpr, PRECISION: tl.constexpr, WORK: tl.constexpr,
-    WORK_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    WIDE: tl.constexpr,
+    WORK_PRECISION: tl.constexpr, TENSOR_CORES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys [first, last) into dq and into the rows' sums of delta and of delta times score."""
     for j0 in range(first, last, BLOCK_N):
@@ -246,12 +257,12 @@ def _pull_keys(
         if KIND == "distance":
             s = _minus_square_distances(Q, q_strides, i, i_exists, K, k_strides, j, seen, D) * (0.5 * factor)
         else:
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            s = tl.dot(_reread(q, j0 < last, TENSOR_CORES), tl.trans(k), input_precision=PRECISION) * factor
             if KIND == "gaussian":
                 s += _bias(k, factor)[None, :]
         s -= shift[:, None]
         v = _load(V, v_strides, j, seen, E, BLOCK_E)
-        dw = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        dw = tl.dot(_reread(dout, j0 < last, TENSOR_CORES), tl.trans(v), input_precision=PRECISION)
         delta = tl.exp2(s) * (dw - drift[:, None])
         allowed = seen[None, :]
         if MASKED:
@@ -274,8 +285,8 @@ def nonlocal_bwd_query_kernel(
     Q, K, V, BANDWIDTH, CENTRE, MASK, DOUT, OUT, SHIFT, SUM, DQ, DRIFT, MOMENTS, q_strides, k_strides, v_strides,
     dout_strides, out_strides, dq_strides, heads, N, M, scale, D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr,
     NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, MOMENT: tl.constexpr, PRECISION: tl.constexpr, WORK: tl.constexpr,
-    WORK_PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    WORK_PRECISION: tl.constexpr, WIDE: tl.constexpr, TENSOR_CORES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries: dq, the rows' drift sum_j w_ij (dout_i . v_j) = dout_i . out_i, and the tile's moment
     sum_ij delta_ij s_ij, of which the bandwidth's gradient is made."""
@@ -303,16 +314,16 @@ def nonlocal_bwd_query_kernel(
     moment = tl.zeros((BLOCK_M,), tl.float32)
     last = tl.minimum(M, (tile + 1) * BLOCK_M) if CAUSAL else M
     full = 0
-    if MASK is None:
+    if TENSOR_CORES and MASK is None:
         full = (tl.minimum(M, tile * BLOCK_M + 1) if CAUSAL else M) // BLOCK_N * BLOCK_N
         dq, row_sum, moment = _pull_keys(
             dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, CENTRE, MASK,
-            q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION, WORK, WORK_PRECISION, BLOCK_N,
+            q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N,
             BLOCK_D, BLOCK_E, WIDE,
         )  # fmt: skip
     dq, row_sum, moment = _pull_keys(
         dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, full, last, M, b, bh, Q, K, V, CENTRE, MASK,
-        q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK, WORK_PRECISION, BLOCK_N,
+        q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N,
         BLOCK_D, BLOCK_E, WIDE,
     )  # fmt: skip
     if KIND == "distance":
@@ -369,8 +380,8 @@ def nonlocal_bwd_key_kernel(
     Q, K, V, BANDWIDTH, CENTRE, MASK, DOUT, SHIFT, SUM, DRIFT, DK, DV, q_strides, k_strides, v_strides, dout_strides,
     dk_strides, dv_strides, heads, N, M, scale, D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr,
     NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WORK: tl.constexpr,
-    WORK_PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    WORK_PRECISION: tl.constexpr, WIDE: tl.constexpr, TENSOR_CORES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: dk and dv."""
     tiles = tl.cdiv(M, BLOCK_N)
@@ -423,18 +434,20 @@ class Config(NamedTuple):
 
 
 HALF, FULL = 2, 4  # bytes of an element
-# (kernel, bytes of an element, largest max(D, E)) -> tiles: without spills, within 99 KiB of shared memory, see
-# docs/gpu/triton-compile.md. LARGE_SHARED: architectures with at least 163 KiB, where more fits.
+# (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report, docs/gpu/triton-compile.md: the
+# largest ones without a spill, within 99 KiB of shared memory and with 8 warps per multiprocessor or more, in every
+# variant. Without tensor cores a product's operands fill the registers, so float32 tiles are smaller.
 TILES = {
-    ("forward", HALF): {64: Config(128, 64, 4, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 4, 2)},
-    ("forward", FULL): {64: Config(64, 32, 4, 2), 128: Config(64, 32, 8, 1), 256: Config(32, 16, 8, 1)},
-    ("query", HALF): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 4, 2), 256: Config(32, 32, 4, 1)},
+    ("forward", HALF): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
+    ("forward", FULL): {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
+    ("query", HALF): {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     ("query", FULL): {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("key", HALF): {64: Config(64, 64, 4, 2), 128: Config(32, 64, 8, 2), 256: Config(32, 32, 8, 1)},
-    ("key", FULL): {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("key", HALF): {64: Config(64, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
+    ("key", FULL): {64: Config(32, 64, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
 }
+# Where a block may have 163 KiB of shared memory or more, what is larger there.
 LARGE_SHARED = {80, 90, 100}
-TILES_LARGE_SHARED: dict[tuple[str, int], dict[int, Config]] = {}
+TILES_LARGE_SHARED = {("query", HALF): {256: Config(64, 32, 8, 1)}}
 
 
 def config(kernel: str, element: int, width: int) -> Config:
@@ -504,6 +517,7 @@ def _prepare(query, key, value, bandwidth, key_mask, scale, normalize, causal, c
         "scale": LOG2E.value * (scale if bandwidth is None else 1.0), "D": D, "E": E, "KIND": kind, "NORMALIZE": normalize,
         "CAUSAL": causal, "PRECISION": precision, "WORK": tl.float32 if ranged else work,
         "WORK_PRECISION": "tf32" if ranged else precision,
+        "TENSOR_CORES": query.dtype != torch.float32 or precision == "tf32",
         "WIDE": _wide((query, key, value, *others), channels_first),
         "BLOCK_D": power_of_two(D, 16), "BLOCK_E": power_of_two(E, 16),
     }  # fmt: skip
@@ -527,7 +541,7 @@ def nonlocal_attention_fwd(
     chosen, tiles = call.tiles("forward", query)
     with torch.cuda.device_of(query):
         nonlocal_fwd_kernel[(B * h * triton.cdiv(N, chosen.queries),)](
-            *call.tensors, out, shift, total, *call.strides, _strides(out, channels_first), **call.constants, **tiles
+            *call.tensors, out, shift, total, *call.strides, _strides(out, channels_first), **call.constants, **tiles,
         )
     return out, shift, total
 
