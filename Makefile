@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PARALLEL := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
-.PHONY: help demo test lint bench bench-smoke build sanitize install-check cuda-check test-gpu bench-gpu clean
+.PHONY: help demo test lint bench bench-smoke build sanitize install-check cuda-check mutation-check test-gpu bench-gpu clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -41,8 +41,18 @@ sanitize: $(READY) ## operator tests on a library built with AddressSanitizer an
 install-check: build ## every way of installing, in environments that lack something
 	$(BIN)/python python_tests/install/check_install.py
 
-cuda-check: build ## compile every GPU kernel without a GPU and hold it to its budget
-	$(BIN)/python -m dnl_kernels.testing.triton_gate
+cuda-check: build ## compile every GPU kernel without a GPU, count its traffic, and hold both to their budgets
+	$(BIN)/python -m dnl_kernels.testing.triton_gate --markdown docs/gpu/triton-compile.md
+	TRITON_INTERPRET=1 $(BIN)/python -m dnl_kernels.testing.triton_traffic --markdown docs/gpu/triton-traffic.md
+
+mutation-check: build ## break the Triton kernels on purpose and see their tests fail
+	$(BIN)/python python_tests/triton_backend/mutations.py
+
+test-gpu: build ## the operators' tests on a CUDA device; says so and skips where there is none
+	$(BIN)/python -m pytest python_tests/gpu -rs
+
+bench-gpu: build ## the benchmarks on a CUDA device; says so and skips where there is none
+	DNL_BENCH_DEVICE=cuda $(BIN)/python -m pytest bench --benchmark-json=docs/benchmarks/gpu.json
 
 bench: build ## the benchmarks on this machine (20 minutes on two cores), rendered into docs/benchmarks
 	$(BIN)/python -m pytest bench --benchmark-json=docs/benchmarks/cpu.json

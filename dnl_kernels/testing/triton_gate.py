@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,6 +37,10 @@ BUDGETS = {
     "pointer_table_kernel": Budget(0.3, width=64),  # one warp that writes a few hundred bytes
     "dense_sum_fwd_kernel": Budget(0.5),
     "dense_sum_bwd_kernel": Budget(0.37),
+    # Two warps per scheduler, whose products keep tiles in registers.
+    "nonlocal_fwd_kernel": Budget(0.12, tensor_core=True),
+    "nonlocal_bwd_query_kernel": Budget(0.12, tensor_core=True),
+    "nonlocal_bwd_key_kernel": Budget(0.12, tensor_core=True),
 }
 
 
@@ -84,24 +89,55 @@ def dense_sum_calls(dtype: torch.dtype) -> dict[str, Callable]:
     }
 
 
-CALLS = {"dense_sum": dense_sum_calls}
+def nonlocal_attention_calls(dtype: torch.dtype) -> dict[str, Callable]:
+    from ..ops.nonlocal_attention import triton as kernels
+
+    def both(width, kernel="softmax", causal=False, masked=False, channels_first=False):
+        shape = (8, 4, width, 1024) if channels_first else (8, 4, 1024, width)
+        x, rows = meta(*shape, dtype=dtype), meta(8, 4, 1024, dtype=torch.float32)
+        bandwidth = meta(4, dtype=torch.float32) if "gaussian" in kernel else None
+        mask = meta(8, 1024, dtype=torch.bool) if masked else None
+        static = (width**-0.5, "unnormalised" not in kernel, causal, channels_first)
+
+        def call():
+            kernels.nonlocal_attention_fwd(x, x, x, bandwidth, mask, *static)
+            kernels.nonlocal_attention_bwd(x, x, x, x, bandwidth, mask, x, rows, rows, *static, bandwidth is not None)
+
+        return call
+
+    return {
+        "softmax D64": both(64),
+        "softmax D128": both(128),
+        "softmax D256": both(256),
+        "gaussian D64": both(64, "gaussian"),
+        "unnormalised gaussian D64": both(64, "gaussian-unnormalised"),
+        "causal masked channels-first gaussian D128": both(128, "gaussian", True, True, True),
+    }
 
 
-def rows(architecture: int, operators: list[str] | None = None) -> list[Row]:
+CALLS = {"dense_sum": dense_sum_calls, "nonlocal_attention": nonlocal_attention_calls}
+QUICK = {"nonlocal_attention": ("softmax D64",)}  # the cases for every run of the tests, where all would take minutes
+
+
+def rows(architecture: int, operators: list[str] | None = None, quick: bool = False) -> list[Row]:
     """Every kernel that the calls launch on this architecture."""
     found = []
     for operator in operators or CALLS:
         for dtype_name, dtype in DTYPES.items():
             for case, call in CALLS[operator](dtype).items():
+                if quick and case not in QUICK.get(operator, (case,)):
+                    continue
                 for compiled in dict.fromkeys(compile_calls(architecture, call)):
                     found.append(Row(operator, case, dtype_name, architecture, compiled))
     return found
 
 
-def gather(architectures=ARCHITECTURES, operators: list[str] | None = None, processes: int = 2) -> list[Row]:
+def gather(
+    architectures=ARCHITECTURES, operators: list[str] | None = None, processes: int = 2, quick: bool = False
+) -> list[Row]:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        lists = list(pool.map(rows, architectures, [operators] * len(architectures)))
+        lists = list(pool.map(rows, architectures, *([x] * len(architectures) for x in (operators, quick))))
     return [row for part in lists for row in part]
 
 
@@ -121,6 +157,14 @@ def table(found: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def write(path: str, text: str) -> None:
+    """A report on disk, complete or not there."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".part", "w") as file:
+        file.write(text)
+    os.replace(path + ".part", path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", choices=[[], *CALLS])
@@ -131,8 +175,7 @@ def main() -> None:
     text = f"# Triton kernels: compile report\n\n{HEADER}\n\n{table(found)}\n"
     print(text)
     if arguments.markdown:
-        with open(arguments.markdown, "w") as file:
-            file.write(text)
+        write(arguments.markdown, text)
     faults = [f"{' '.join(cells(row)[:4])}: {fault}" for row in found for fault in row.faults()]
     print("\n".join(faults) or "every kernel is within its budget")
     sys.exit(bool(faults))

@@ -123,7 +123,7 @@ class _Layout(NamedTuple):
 
     def tile(self, elements: int) -> tuple[int, int, int]:
         """Rows and columns of a tile, and how many tiles there are."""
-        columns = power_of_two(self.columns, 1, 64 if self.per == "column" else elements)
+        columns = power_of_two(self.columns, 1, 32 if self.per == "column" else elements)
         rows = power_of_two(self.rows, 1, max(elements // columns, 1))
         return rows, columns, triton.cdiv(self.rows, rows) * triton.cdiv(self.columns, columns)
 

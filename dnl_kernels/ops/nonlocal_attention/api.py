@@ -23,7 +23,16 @@ from .reference import Config
 
 OP = "nonlocal_attention"
 LAYOUTS = ("tokens", "channels_first")
-_backend.declare(OP, cpu=_backend.CPU)
+TRITON_WIDTH = 256  # of the widest tile
+
+
+def _triton_limit(width: int, value_width: int) -> str | None:
+    if width <= TRITON_WIDTH and value_width <= TRITON_WIDTH:
+        return None
+    return f"takes widths D and E up to {TRITON_WIDTH}, not {width} and {value_width}"
+
+
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON._replace(limit=_triton_limit))
 
 
 def nonlocal_attention(
@@ -85,7 +94,8 @@ def nonlocal_attention(
     _check_mask(key_mask, key, channels_first)
     width_scale = _check_scale(scale, kernel, width)
     bandwidth = _check_bandwidth(bandwidth, kernel, query, heads)
-    chosen = _backend.select(OP, backend, query)
+    facts = {"width": width, "value_width": value.shape[2 if channels_first else 3]}
+    chosen = _backend.select(OP, backend, query, **facts)
     config = Config(kernel, width_scale, bool(normalize), bool(causal), channels_first, chosen)
     if kernel == "local":
         return _local(value, key_mask, channels_first)

@@ -15,6 +15,7 @@ OWN_CASES = {
     "several-column-tiles": Case((70, 130), 3, -1),
     "several-row-tiles": Case((3, 5, 1100), 2, 1),
     "several-tiles": Case((5000,), 2),
+    "several-tiles-of-a-row": Case((2, 2, 4100), 2, 1),
 }
 
 

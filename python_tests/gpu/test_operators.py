@@ -1,0 +1,127 @@
+"""Every operator with a GPU backend, on the GPU: named cases and large ones against float64, and what a GPU adds."""
+
+import pytest
+import torch
+
+from dnl_kernels import _backend
+from dnl_kernels.testing import dense_sum, named, nonlocal_attention
+from dnl_kernels.testing.operators import operators
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device here: nothing in this file was run", allow_module_level=True)
+
+PAIRS = [
+    (op, backend)
+    for op, supports in _backend.SUPPORTS.items()
+    for backend, support in supports.items()
+    if "cuda" in support.devices
+]
+OPERATORS = {op.name: op for op in operators()}
+every_pair = pytest.mark.parametrize("op, backend", PAIRS, ids=["-".join(pair) for pair in PAIRS])
+LARGE = {
+    "dense_sum": {
+        "images": dense_sum.Case((16, 96, 56, 56), 24, 1),
+        "tokens": dense_sum.Case((8, 2048, 768), 12, -1),
+        "one-weight": dense_sum.Case((8, 2048, 768), 48),
+    },
+    "nonlocal_attention": {
+        "long": nonlocal_attention.Case(2, 2, 4096, 4096, 64, 64),
+        "causal": nonlocal_attention.Case(2, 3, 2049, 2049, 128, 96, {"causal": True}),
+        "channels-first": nonlocal_attention.Case(4, 1, 56 * 56, 56 * 56, 32, 32, {"layout": "channels_first"}),
+        "masked": nonlocal_attention.Case(3, 2, 1000, 1531, 48, 80, mask=0.5),
+        "widest": nonlocal_attention.Case(1, 2, 1024, 1024, 256, 256, factor=5.0),
+    },
+}
+LARGE_CALLS = {
+    "dense_sum": {name: lambda d, c=c: named._dense_sum(c, d) for name, c in LARGE["dense_sum"].items()},
+    "nonlocal_attention": {
+        f"{kernel}-{name}": lambda d, c=c, k=kernel: named._nonlocal_attention(k)(c, d)
+        for kernel in ("softmax", "gaussian", "softmax-unnormalised")
+        for name, c in LARGE["nonlocal_attention"].items()
+    },
+}
+
+
+def parameters(table):
+    found = [
+        pytest.param(make, backend, dtype, id=f"{op}-{backend}-{name}-{str(dtype).removeprefix('torch.')}")
+        for op, backend in PAIRS
+        for name, make in table.get(op, {}).items()
+        for dtype in _backend.SUPPORTS[op][backend].dtypes
+        if dtype != torch.float64
+    ]
+    return pytest.mark.parametrize("make, backend, dtype", found)
+
+
+@parameters(named.CASES)
+def test_named_cases_against_float64(make, backend, dtype):
+    named.check(make(dtype), backend, "cuda")
+
+
+@parameters(LARGE_CALLS)
+def test_large_cases_against_float64(make, backend, dtype):
+    named.check(make(dtype), backend, "cuda")
+
+
+@every_pair
+def test_opcheck(op, backend):
+    leaves = [leaf.detach() for leaf in OPERATORS[op].leaves(torch.float32, 2)]
+    for name, arguments in OPERATORS[op].registered(*leaves).items():
+        there = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cuda(), arguments)
+        torch.library.opcheck(_backend.kernel(backend, name), there)
+
+
+def _on_gpu(op, dtype=torch.float32):
+    return [leaf.cuda().requires_grad_() for leaf in OPERATORS[op].leaves(dtype, 2)]
+
+
+@every_pair
+def test_compiled_equals_eager(op, backend):
+    leaves = _on_gpu(op)
+
+    def call(*leaves):
+        return OPERATORS[op].call(*leaves, backend=backend)
+
+    results = [f(*leaves) for f in (torch.compile(call, fullgraph=True), call)]
+    torch.testing.assert_close(*results)
+    gradients = [torch.autograd.grad(y.square().sum(), leaves) for y in results]
+    torch.testing.assert_close(*gradients)
+
+
+@every_pair
+def test_results_do_not_depend_on_the_run(op, backend):
+    for make in (*list(named.CASES[op].values())[:3], *list(LARGE_CALLS.get(op, {}).values())[:1]):
+        call = make(torch.float32)
+        leaves = {name: t.cuda() for name, t in call.leaves.items()}
+        first, second = (named.gradients(call, leaves, backend) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@every_pair
+def test_another_stream_and_a_cuda_graph(op, backend):
+    leaves = [leaf.detach() for leaf in _on_gpu(op)]
+
+    def call():
+        return OPERATORS[op].call(*leaves, backend=backend)
+
+    expected = call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = call()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(aside, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for leaf in leaves:
+        leaf.mul_(0.5)
+    graph.replay()
+    assert torch.equal(captured, call()) and not torch.equal(captured, expected)
+
+
+@every_pair
+def test_the_default_backend_is_the_best_one_that_runs(op, backend):
+    example = _on_gpu(op)[0]
+    best = next(b for b in _backend.PREFERENCE if (op, b) in PAIRS)
+    assert _backend.select(op, None, example, **({"count": 3} if op == "dense_sum" else {})) == best
