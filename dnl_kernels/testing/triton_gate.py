@@ -36,6 +36,9 @@ BUDGETS = {
     "pointer_table_kernel": Budget(0.3, width=64),  # one warp that writes a few hundred bytes
     "dense_sum_fwd_kernel": Budget(0.5),
     "dense_sum_bwd_kernel": Budget(0.37),
+    "accumulate_kernel": Budget(0.12, tensor_core=True),
+    "pull_kernel": Budget(0.12, tensor_core=True),
+    "weight_gradient_kernel": Budget(0.12, tensor_core=True),
 }
 
 
@@ -84,7 +87,43 @@ def dense_sum_calls(dtype: torch.dtype) -> dict[str, Callable]:
     }
 
 
-CALLS = {"dense_sum": dense_sum_calls}
+def dense_linear_calls(dtype: torch.dtype) -> dict[str, Callable]:
+    from ..ops.dense_linear import triton as kernels
+
+    def both(width, channels, outputs, activation, norm):
+        states, weight = [meta(8, width, c, dtype=dtype) for c in channels], meta(outputs, sum(channels), dtype=dtype)
+        scale = shift = meta(sum(channels), dtype=dtype) if norm else None
+        bias = meta(outputs, dtype=dtype)
+        kernels.dense_linear_fwd(states, weight, bias, scale, shift, activation, 0.5)
+        dy = meta(8, width, outputs, dtype=dtype)
+        kernels.dense_linear_bwd(dy, states, weight, scale, shift, activation, 0.5, True, True, True, True)
+
+    wide = {"gelu": lambda: both(1024, (64, 128, 64), 64, "gelu", True)}
+    return wide if dtype == torch.float32 else {**wide, "small": lambda: both(1024, (16, 8), 8, "identity", False)}
+
+
+def dense_conv2d_calls(dtype: torch.dtype) -> dict[str, Callable]:
+    from ..ops.dense_conv2d import triton as kernels
+
+    def both(channels, outputs, size, activation, memory_format=torch.contiguous_format):
+        states = [meta(8, c, 32, 32, dtype=dtype).contiguous(memory_format=memory_format) for c in channels]
+        weight, bias = meta(outputs, sum(channels), size, size, dtype=dtype), meta(outputs, dtype=dtype)
+        scale = shift = meta(sum(channels), dtype=dtype)
+        kernels.dense_conv2d_fwd(states, weight, bias, scale, shift, activation, 0.5)
+        dy = meta(8, outputs, 32, 32, dtype=dtype)
+        kernels.dense_conv2d_bwd(dy, states, weight, scale, shift, activation, 0.5, True, True, True, True)
+
+    wide = {"3x3 channels-last": lambda: both((64, 64), 64, 3, "relu", torch.channels_last)}
+    if dtype == torch.float32:
+        return wide
+    return {
+        **wide,
+        "3x3": lambda: both((12, 6, 6), 6, 3, "relu"),
+        "1x1": lambda: both((64, 32, 32), 128, 1, "relu"),
+    }
+
+
+CALLS = {"dense_sum": dense_sum_calls, "dense_linear": dense_linear_calls, "dense_conv2d": dense_conv2d_calls}
 
 
 def rows(architecture: int, operators: list[str] | None = None) -> list[Row]:
