@@ -381,7 +381,7 @@ class Tile(NamedTuple):
 
 # Half types multiply on tensor cores. float32 does so only in tf32, and else in registers, which want smaller tiles.
 TILES = {
-    "accumulate": {2: Tile(128, 64, 32, 8), 4: Tile(64, 64, 16, 8)},
+    "accumulate": {2: Tile(64, 64, 32, 4), 4: Tile(64, 64, 16, 8)},
     "pull": {2: Tile(64, 64, 32, 4), 4: Tile(64, 32, 32, 4)},
     "weight": {2: Tile(64, 64, 32, 4), 4: Tile(32, 32, 16, 4)},
 }
@@ -453,7 +453,9 @@ def weight_gradient(problem: Problem, dy: Operand, states: Operand) -> Tensor:
         dy.tensors[0], states.table(columns, dy.tensors[0].device), states.tensors[0], p.norm_scale, p.norm_shift,
         partial, len(states.tensors), steps, at.pixels, at.plane, at.width, outputs, total, dy.strides[0], p.scale,
         **p.static(), LAST=states.last, Y_LAST=p.y_last, ALIGNED=states.aligned(at, p.size),
-        STATES=power_of_two(len(states.tensors), 2), P=t.step, C=columns, N=rows, num_warps=t.warps,
+        STATES=power_of_two(len(states.tensors), 2), P=t.step, C=columns, N=rows,
+        # As few threads as keep 16 bytes for each in the tiles that are read.
+        num_warps=power_of_two(t.step * min(columns, rows) * p.weight.element_size() // (32 * VECTOR), 1, t.warps),
     )  # fmt: skip
     return partial.sum(0)
 
@@ -467,9 +469,7 @@ def _images(x: Tensor, last: bool) -> Images:
 
 def reads_last(images: Sequence[Tensor]) -> bool:
     """Whether the states are images whose channels lie side by side: read as rows, in 16-byte pieces for any filter."""
-    return all(
-        x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for x in images
-    )
+    return all(x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for x in images)
 
 
 def _read(states: Sequence[Tensor], last: bool, merge: bool = False) -> Operand:

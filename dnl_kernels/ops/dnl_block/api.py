@@ -15,7 +15,7 @@ from . import composition, fused, reference
 from .config import AFFINES, NORMS, BlockConfig, LayerParameters, Statistics
 
 OP = "dnl_block"
-_backend.declare(OP, cpu=_backend.CPU)
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON)  # each part by its Triton operator
 
 
 def dnl_block(
