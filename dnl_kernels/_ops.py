@@ -86,8 +86,8 @@ def _dnl_block_fwd(
     measured = in_channels * preactivation + grown if norm and training else 0
     return (
         x0.new_empty((batch, in_channels + grown, height, width)),
-        x0.new_empty(measured),
-        x0.new_empty(measured),
+        weight.new_empty(measured),
+        weight.new_empty(measured),
         x0.new_empty((batch, 0 if preactivation else grown, height, width)),
     )
 
@@ -103,10 +103,10 @@ def _dnl_block_bwd(
         norms = weight.numel() // (growth_rate * size * size) if preactivation else grown
     return (
         states.new_empty((batch, channels - grown, height, width)),
-        states.new_empty(weight.numel()),
-        states.new_empty(0 if bias is None else grown),
-        states.new_empty(norms),
-        states.new_empty(norms),
+        weight.new_empty(weight.numel()),
+        weight.new_empty(0 if bias is None else grown),
+        weight.new_empty(norms),
+        weight.new_empty(norms),
     )
 
 

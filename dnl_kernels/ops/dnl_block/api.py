@@ -15,7 +15,7 @@ from . import composition, fused, reference
 from .config import AFFINES, NORMS, BlockConfig, LayerParameters, Statistics
 
 OP = "dnl_block"
-_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON)  # each part by its Triton operator
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON)
 
 
 def dnl_block(
@@ -60,7 +60,7 @@ def dnl_block_with_statistics(
         if backend == "reference":
             return reference.dnl_block(x0, parameters, config)
         if fused.limit(x0, parameters, config, backend) is None:
-            return fused.dnl_block(x0, parameters, config)
+            return fused.dnl_block(x0, parameters, config, fused.choose(x0, backend))
         return composition.dnl_block(x0, parameters, config, backend)
 
 

@@ -78,8 +78,8 @@ def _attend(projected: Tensor, theta: NonLocalParameters, kernel: str, heads: in
 def folds(weight: Tensor, theta: NonLocalParameters, config, backend: str | None) -> bool:
     """Whether the projections of N are folded into the accumulation: y is then nowhere in memory.
 
-    On a GPU, where bytes decide, and where the filter is 1x1, nothing else reads y, and the folded map is not much wider
-    than K itself: sum_j (W_q K_j) x_j costs a product of the states with every row of W_q, W_k and W_v."""
+    On a GPU, where bytes decide, and where the filter is 1x1, nothing else reads y, and the folded map is not much
+    wider than K itself: sum_j (W_q K_j) x_j costs a product of the states with every row of W_q, W_k and W_v."""
     device = backend if backend is not None or weight.device.type != "cuda" else "triton"
     if device != "triton" or config.kernel == "local" or config.residual or weight.shape[2:].numel() != 1:
         return False
