@@ -123,7 +123,26 @@ def dense_conv2d_calls(dtype: torch.dtype) -> dict[str, Callable]:
     }
 
 
-CALLS = {"dense_sum": dense_sum_calls, "dense_linear": dense_linear_calls, "dense_conv2d": dense_conv2d_calls}
+def dnl_block_calls(dtype: torch.dtype) -> dict[str, Callable]:
+    from ..ops.dnl_block import triton as kernels
+
+    def both():
+        """One layer of training: what it adds to dense_conv2d is the statistics, and a gradient that is added to."""
+        x0 = meta(8, 16, 32, 32, dtype=dtype)
+        vectors = [meta(n, dtype=torch.float32) for n in (12 * 16 * 9, 12, 16, 16)]
+        static = ([1], 12, 3, True, True, True, "relu", 1.0, 1e-5)
+        states, mean, var, outputs = kernels.dnl_block_fwd(x0, *vectors, None, None, *static)
+        kernels.dnl_block_bwd(states, states, outputs, *vectors, mean, var, *static)
+
+    return {"training": both} if dtype != torch.float32 else {}
+
+
+CALLS = {
+    "dense_sum": dense_sum_calls,
+    "dense_linear": dense_linear_calls,
+    "dense_conv2d": dense_conv2d_calls,
+    "dnl_block": dnl_block_calls,
+}
 
 
 def rows(architecture: int, operators: list[str] | None = None) -> list[Row]:
