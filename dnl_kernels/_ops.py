@@ -42,7 +42,11 @@ def _dense_conv2d_fwd(states, weight, bias, norm_scale, norm_shift, activation, 
     return weight.new_empty((batch, weight.shape[0], height, width))
 
 
-def _dense_conv2d_bwd(
+def _dense_linear_fwd(states, weight, bias, norm_scale, norm_shift, activation, scale):
+    return weight.new_empty((*states[0].shape[:-1], weight.shape[0]))
+
+
+def _dense_bwd(
     dy, states, weight, norm_scale, norm_shift, activation, scale, need_states, need_weight, need_bias, need_norm
 ):
     def gradient(wanted, shape):
@@ -85,8 +89,8 @@ def _dnl_block_fwd(
     measured = in_channels * preactivation + grown if norm and training else 0
     return (
         x0.new_empty((batch, in_channels + grown, height, width)),
-        x0.new_empty(measured),
-        x0.new_empty(measured),
+        weight.new_empty(measured),
+        weight.new_empty(measured),
         x0.new_empty((batch, 0 if preactivation else grown, height, width)),
     )
 
@@ -102,10 +106,10 @@ def _dnl_block_bwd(
         norms = weight.numel() // (growth_rate * size * size) if preactivation else grown
     return (
         states.new_empty((batch, channels - grown, height, width)),
-        states.new_empty(weight.numel()),
-        states.new_empty(0 if bias is None else grown),
-        states.new_empty(norms),
-        states.new_empty(norms),
+        weight.new_empty(weight.numel()),
+        weight.new_empty(0 if bias is None else grown),
+        weight.new_empty(norms),
+        weight.new_empty(norms),
     )
 
 
@@ -154,6 +158,16 @@ _BLOCK_TAIL = (
     " int growth_rate, int size, bool preactivation, bool norm, bool training, str activation, float tau, float eps)"
 )
 
+_DENSE_FWD = (
+    "(Tensor[] states, Tensor weight, Tensor? bias, Tensor? norm_scale, Tensor? norm_shift, str activation,"
+    " float scale)"
+)
+_DENSE_BWD = (
+    "(Tensor dy, Tensor[] states, Tensor weight, Tensor? norm_scale, Tensor? norm_shift, str activation,"
+    " float scale, bool need_states, bool need_weight, bool need_bias, bool need_norm)"
+    " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)"
+)
+
 SCHEMAS: dict[str, Schema] = {
     "dense_sum_fwd": Schema("(Tensor[] states, Tensor weight, int channel_dim) -> Tensor", _dense_sum_fwd),
     "dense_sum_bwd": Schema(
@@ -161,17 +175,10 @@ SCHEMAS: dict[str, Schema] = {
         " -> (Tensor[], Tensor)",
         _dense_sum_bwd,
     ),
-    "dense_conv2d_fwd": Schema(
-        "(Tensor[] states, Tensor weight, Tensor? bias, Tensor? norm_scale, Tensor? norm_shift, str activation,"
-        " float scale) -> Tensor",
-        _dense_conv2d_fwd,
-    ),
-    "dense_conv2d_bwd": Schema(
-        "(Tensor dy, Tensor[] states, Tensor weight, Tensor? norm_scale, Tensor? norm_shift, str activation,"
-        " float scale, bool need_states, bool need_weight, bool need_bias, bool need_norm)"
-        " -> (Tensor[], Tensor, Tensor, Tensor, Tensor)",
-        _dense_conv2d_bwd,
-    ),
+    "dense_linear_fwd": Schema(f"{_DENSE_FWD} -> Tensor", _dense_linear_fwd),
+    "dense_linear_bwd": Schema(_DENSE_BWD, _dense_bwd),
+    "dense_conv2d_fwd": Schema(f"{_DENSE_FWD} -> Tensor", _dense_conv2d_fwd),
+    "dense_conv2d_bwd": Schema(_DENSE_BWD, _dense_bwd),
     "nonlocal_attention_fwd": Schema(
         "(Tensor query, Tensor key, Tensor value, Tensor? bandwidth, Tensor? key_mask, float scale, bool normalize,"
         " bool causal, bool channels_first) -> (Tensor, Tensor, Tensor)",

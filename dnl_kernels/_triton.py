@@ -74,26 +74,29 @@ def rows_and_columns(x: Tensor, split: int) -> tuple[int, int]:
     return math.prod(x.shape[:split]), math.prod(x.shape[split:])
 
 
-@triton.jit(do_not_specialize=["TENSORS", "strides", "count"])
-def pointer_table_kernel(TENSORS, strides, TABLE, first, count):
-    for j in tl.static_range(len(TENSORS)):
-        tl.store(TABLE + 2 * (first + j), TENSORS[j].to(tl.int64, bitcast=True), mask=j < count)
-        tl.store(TABLE + 2 * (first + j) + 1, strides[j], mask=j < count)
+@triton.jit(do_not_specialize=["TENSORS", "numbers", "count"])
+def pointer_table_kernel(TENSORS, numbers, TABLE, first, count, COLUMNS: tl.constexpr):
+    length: tl.constexpr = len(TENSORS)
+    for j in tl.static_range(length):
+        row = TABLE + (1 + COLUMNS) * (first + j)
+        tl.store(row, TENSORS[j].to(tl.int64, bitcast=True), mask=j < count)
+        for k in tl.static_range(COLUMNS):
+            tl.store(row + 1 + k, numbers[k * length + j], mask=j < count)
 
 
-def pointer_table(tensors: Sequence[Tensor], strides: Sequence[int]) -> Tensor:
-    """[J, 2]: address and row stride of each tensor, in device memory, for kernels that loop over J tensors.
+def pointer_table(tensors: Sequence[Tensor], *columns: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """[J, 1 + columns]: address of each tensor and its numbers (row stride, ..), for kernels that loop over J tensors.
 
     Written by a kernel that gets the addresses as its parameters: no copy from the host, so nothing waits and a CUDA
     graph can hold it; and the kernels that read the table compile once for every J."""
-    table = tensors[0].new_empty((len(tensors), 2), dtype=torch.int64)
+    table = torch.empty((len(tensors), 1 + len(columns)), dtype=torch.int64, device=device or tensors[0].device)
     for first in range(0, len(tensors), TABLE_LENGTHS[-1]):
         group = tensors[first : first + TABLE_LENGTHS[-1]]
         length = next(n for n in TABLE_LENGTHS if n >= len(group))
         more = length - len(group)
         addresses = (*group, *[group[-1]] * more)
-        steps = (*strides[first : first + length], *[0] * more)
-        pointer_table_kernel[(1,)](addresses, steps, table, first, len(group), num_warps=1)
+        numbers = tuple(n for column in columns for n in (*column[first : first + length], *[0] * more))
+        pointer_table_kernel[(1,)](addresses, numbers, table, first, len(group), len(columns), num_warps=1)
     return table
 
 

@@ -41,6 +41,9 @@ BUDGETS = {
     "nonlocal_fwd_kernel": Budget(0.12, tensor_core=True),
     "nonlocal_bwd_query_kernel": Budget(0.12, tensor_core=True),
     "nonlocal_bwd_key_kernel": Budget(0.12, tensor_core=True),
+    "accumulate_kernel": Budget(0.12, tensor_core=True),
+    "pull_kernel": Budget(0.12, tensor_core=True),
+    "weight_gradient_kernel": Budget(0.12, tensor_core=True),
 }
 
 
@@ -115,7 +118,65 @@ def nonlocal_attention_calls(dtype: torch.dtype) -> dict[str, Callable]:
     }
 
 
-CALLS = {"dense_sum": dense_sum_calls, "nonlocal_attention": nonlocal_attention_calls}
+def dense_linear_calls(dtype: torch.dtype) -> dict[str, Callable]:
+    from ..ops.dense_linear import triton as kernels
+
+    def both(width, channels, outputs, activation, norm):
+        states, weight = [meta(8, width, c, dtype=dtype) for c in channels], meta(outputs, sum(channels), dtype=dtype)
+        scale = shift = meta(sum(channels), dtype=dtype) if norm else None
+        bias = meta(outputs, dtype=dtype)
+        kernels.dense_linear_fwd(states, weight, bias, scale, shift, activation, 0.5)
+        dy = meta(8, width, outputs, dtype=dtype)
+        kernels.dense_linear_bwd(dy, states, weight, scale, shift, activation, 0.5, True, True, True, True)
+
+    wide = {"gelu": lambda: both(1024, (64, 128, 64), 64, "gelu", True)}
+    return wide if dtype == torch.float32 else {**wide, "small": lambda: both(1024, (16, 8), 8, "identity", False)}
+
+
+def dense_conv2d_calls(dtype: torch.dtype) -> dict[str, Callable]:
+    from ..ops.dense_conv2d import triton as kernels
+
+    def both(channels, outputs, size, activation, memory_format=torch.contiguous_format):
+        states = [meta(8, c, 32, 32, dtype=dtype).contiguous(memory_format=memory_format) for c in channels]
+        weight, bias = meta(outputs, sum(channels), size, size, dtype=dtype), meta(outputs, dtype=dtype)
+        scale = shift = meta(sum(channels), dtype=dtype)
+        kernels.dense_conv2d_fwd(states, weight, bias, scale, shift, activation, 0.5)
+        dy = meta(8, outputs, 32, 32, dtype=dtype)
+        kernels.dense_conv2d_bwd(dy, states, weight, scale, shift, activation, 0.5, True, True, True, True)
+
+    wide = {"3x3 channels-last": lambda: both((64, 64), 64, 3, "relu", torch.channels_last)}
+    if dtype == torch.float32:
+        return wide
+    return {
+        **wide,
+        "3x3": lambda: both((12, 6, 6), 6, 3, "relu"),
+        "1x1": lambda: both((64, 32, 32), 128, 1, "relu"),
+    }
+
+
+def dnl_block_calls(dtype: torch.dtype) -> dict[str, Callable]:
+    from ..ops.dnl_block import triton as kernels
+
+    def both():
+        """One layer of training: what it adds to dense_conv2d is the statistics, and a gradient that is added to."""
+        x0 = meta(8, 16, 32, 32, dtype=dtype)
+        vectors = [meta(n, dtype=torch.float32) for n in (12 * 16 * 9, 12, 16, 16)]
+        static = ([1], 12, 3, True, True, True, "relu", 1.0, 1e-5)
+        states, mean, var, outputs = kernels.dnl_block_fwd(x0, *vectors, None, None, *static)
+        kernels.dnl_block_bwd(states, states, outputs, *vectors, mean, var, *static)
+
+    return {"training": both} if dtype != torch.float32 else {}
+
+
+CALLS = {
+    "dense_sum": dense_sum_calls,
+    "nonlocal_attention": nonlocal_attention_calls,
+    "dense_linear": dense_linear_calls,
+    "dense_conv2d": dense_conv2d_calls,
+    "dnl_block": dnl_block_calls,
+}
+
+
 QUICK = {"nonlocal_attention": ("softmax D64",)}  # the cases for every run of the tests, where all would take minutes
 
 

@@ -184,6 +184,7 @@ class _Launch:
     kernel = ""
     extents: list[Extent] = []
     traffic: Traffic | None = None
+    patched: set[int] = set()  # the modules whose view of the language is the interpreter's already
     tables: list[tuple[weakref.ref, list[Extent]]] = []  # pointer tables, and the tensors whose addresses they hold
 
 
@@ -256,6 +257,7 @@ def _launch(self, *args, original=interp.GridExecutor.__call__, **keywords):
     if _Launch.kernel == "pointer_table_kernel":
         table = dict(arguments)["TABLE"]
         _Launch.tables.append((weakref.ref(table), [e for e in _Launch.extents if e.name.startswith("TENSORS")]))
+    _Launch.patched = {id(self.fn.__globals__)}
     if _Launch.traffic is not None:
         _Launch.traffic.launches += 1
     try:
@@ -266,6 +268,19 @@ def _launch(self, *args, original=interp.GridExecutor.__call__, **keywords):
         raise
     finally:
         _Launch.extents = []
+
+
+def _device_function(self, *args, **keywords):
+    """A call inside a kernel. The original patches all of the language at every one, most of a test's time."""
+    if (module := id(self.fn.__globals__)) not in _Launch.patched:
+        interp._patch_lang(self.fn)
+        _Launch.patched.add(module)
+    try:
+        return self.rewrite()(*args, **keywords)
+    except interp.InterpreterError:
+        raise
+    except Exception as error:
+        raise interp.InterpreterError(repr(error)) from error
 
 
 @contextlib.contextmanager
@@ -304,6 +319,7 @@ def install() -> None:
     Builder.create_masked_store = _store
     Builder.create_atomic_rmw = Builder.create_atomic_cas = _atomic
     interp.GridExecutor.__call__ = _launch
+    interp.InterpretedFunction.__call__ = _device_function
     interp._implicit_cvt = _argument
     # Nothing to copy back: the tensors are the CPU's own (and copying would touch every page of a sparse one).
     interp.GridExecutor._restore_args_dev = lambda self, *arguments: None

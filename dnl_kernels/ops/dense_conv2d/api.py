@@ -13,7 +13,7 @@ from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, che
 from . import reference
 
 OP = "dense_conv2d"
-_backend.declare(OP, cpu=_backend.CPU)
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON)
 
 
 class Config(NamedTuple):

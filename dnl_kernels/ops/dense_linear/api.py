@@ -13,12 +13,13 @@ from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, che
 from . import cpu, reference
 
 OP = "dense_linear"
-_backend.declare(OP, cpu=_backend.CPU)
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON)
 
 
 class Config(NamedTuple):
     activation: str
     scale: float
+    backend: str
 
 
 def dense_linear(
@@ -77,14 +78,35 @@ def dense_linear(
             check_tensor(OP, name, tensor, first, "states[0]")
             size, meaning = (weight.shape[0], "D") if name == "bias" else (channels, "sum C_j")
             check_shape(OP, name, tensor, (size,), meaning=meaning)
-    if _backend.select(OP, backend, first) == "reference":
+    chosen = _backend.select(OP, backend, first)
+    if chosen == "reference":
         return reference.dense_linear(states, weight, bias, norm_scale, norm_shift, activation, scale)
-    return _function(Config(activation, scale), weight, bias, norm_scale, norm_shift, *states)
+    function = _function_cpu if chosen == "cpu" else _function
+    return function(Config(activation, float(scale), chosen), weight, bias, norm_scale, norm_shift, *states)
+
+
+def _forward(config, tensors):
+    weight, bias, norm_scale, norm_shift, *states = tensors
+    return (
+        _backend.kernel(config.backend, "dense_linear_fwd")(
+            states, weight, bias, norm_scale, norm_shift, config.activation, config.scale
+        ),
+    )
+
+
+def _backward(config, dy, tensors, extra, needs):
+    weight, _, norm_scale, norm_shift, *states = tensors
+    dstates, dweight, dbias, dscale, dshift = _backend.kernel(config.backend, "dense_linear_bwd")(
+        dy, states, weight, norm_scale, norm_shift, config.activation, config.scale,
+        any(needs[4:]), needs[0], needs[1], needs[2] or needs[3],
+    )  # fmt: skip
+    return dweight, dbias, dscale, dshift, *(dstates or [None] * len(states))
 
 
 def _reference(config, tensors):
     weight, bias, norm_scale, norm_shift, *states = tensors
-    return reference.dense_linear(states, weight, bias, norm_scale, norm_shift, *config)
+    return reference.dense_linear(states, weight, bias, norm_scale, norm_shift, config.activation, config.scale)
 
 
-_function = differentiable(cpu.forward, cpu.backward, _reference)
+_function_cpu = differentiable(cpu.forward, cpu.backward, _reference)
+_function = differentiable(_forward, _backward, _reference)

@@ -15,7 +15,7 @@ from . import bottleneck, composition, fused, reference
 from .config import AFFINES, NORMS, BlockConfig, LayerParameters, Statistics
 
 OP = "dnl_block"
-_backend.declare(OP, cpu=_backend.CPU)
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON)
 
 
 def dnl_block(
@@ -59,9 +59,10 @@ def dnl_block_with_statistics(
     with outside_autocast(x0):
         if backend == "reference":
             return reference.dnl_block(x0, parameters, config)
-        for kernels in (fused, bottleneck):
-            if kernels.limit(x0, parameters, config, backend) is None:
-                return kernels.dnl_block(x0, parameters, config)
+        if fused.limit(x0, parameters, config, backend) is None:
+            return fused.dnl_block(x0, parameters, config, fused.choose(x0, backend))
+        if bottleneck.limit(x0, parameters, config, backend) is None:
+            return bottleneck.dnl_block(x0, parameters, config)
         return composition.dnl_block(x0, parameters, config, backend)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dnl_layer.composition import affine, non_local
+from ..dnl_layer.composition import affine, folds, non_local, non_local_of_affine
 from ..dnl_layer.pointwise import normalise_activate
 from .config import BlockConfig, Statistics
 from .statistics import channel_statistics, fold
@@ -57,11 +57,33 @@ class _Norm:
         return Statistics(states[0], states[1], inner[0], inner[1], output[0], output[1], elements)
 
 
-def accumulate(states, weight, bias, norm_scale, norm_shift, activation, **options) -> Tensor:
-    """`affine` of normalised states; the normalisation arrives in float32 at least."""
+def _prologue(weight, norm_scale, norm_shift, activation) -> dict:
+    """The options of `affine` that normalise and activate; the normalisation arrives in float32 at least."""
     norm_scale, norm_shift = (None if t is None else t.to(weight.dtype) for t in (norm_scale, norm_shift))
-    prologue = {"norm_scale": norm_scale, "norm_shift": norm_shift, "activation": activation}
-    return affine(states, weight, bias, **prologue, **options)
+    return {"norm_scale": norm_scale, "norm_shift": norm_shift, "activation": activation}
+
+
+def _layer(states: Sequence[Tensor], layer: int, p: Any, norm: _Norm, config: BlockConfig, backend) -> Tensor:
+    """N(y_l), with y_l where residual."""
+    y: Any = None
+    theta = p.theta()
+    if reads := config.reads(layer):
+        read = [states[j] for j in reads]
+        before = config.activation if config.preactivation else "identity"
+        options = _prologue(p.affine_weight, *norm.of_states(layer, p), before)
+        options |= {"scale": config.tau, "backend": backend}
+        if not config.input_skip and folds(p.affine_weight, theta, config, backend):
+            return non_local_of_affine(read, p.affine_weight, p.affine_bias, theta, config, **options)
+        y = affine(read, p.affine_weight, p.affine_bias, **options)
+        if config.bottleneck is not None:
+            inner = (p.inner_norm_weight, p.inner_norm_bias, p.inner_norm_mean, p.inner_norm_var)
+            prologue = _prologue(p.inner_weight, *norm.of("inner", y, *inner), config.activation)
+            y = affine([y], p.inner_weight, None, backend=backend, **prologue)
+    if config.input_skip:
+        skip = affine(states[:1], p.skip_weight, p.skip_bias, backend=backend)
+        y = skip if y is None else y + skip
+    x = non_local(y, theta, config.kernel, config.heads, backend)
+    return x + y if config.residual else x
 
 
 def dnl_block(
@@ -70,28 +92,11 @@ def dnl_block(
     axis = -1 if config.affine == "linear" else 1
     norm = _Norm(config, axis)
     activation = config.activation
-    before = activation if config.preactivation else "identity"
     states = [x0.contiguous()]
     for layer, p in enumerate(parameters):
         if config.preactivation:
             norm.observe("states", states[-1])
-        y: Any = None
-        if reads := config.reads(layer):
-            scale, shift = norm.of_states(layer, p)
-            read = [states[j] for j in reads]
-            y = accumulate(
-                read, p.affine_weight, p.affine_bias, scale, shift, before, scale=config.tau, backend=backend
-            )
-            if config.bottleneck is not None:
-                scale, shift = norm.of(
-                    "inner", y, p.inner_norm_weight, p.inner_norm_bias, p.inner_norm_mean, p.inner_norm_var
-                )
-                y = accumulate([y], p.inner_weight, None, scale, shift, activation, backend=backend)
-        if config.input_skip:
-            skip = affine(states[:1], p.skip_weight, p.skip_bias, backend=backend)
-            y = skip if y is None else y + skip
-        x = non_local(y, p.theta(), config.kernel, config.heads, backend)
-        x = x + y if config.residual else x
+        x = _layer(states, layer, p, norm, config, backend)
         if not config.preactivation:
             scale, shift = norm.of("output", x, p.norm_weight, p.norm_bias, p.norm_mean, p.norm_var)
             x = normalise_activate(x, scale, shift, activation, axis)

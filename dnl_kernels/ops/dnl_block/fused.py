@@ -1,4 +1,5 @@
-"""dnl_block as one autograd node on the CPU: csrc/dnl_block. The states buffer is all that grows with the depth.
+"""dnl_block as one autograd node: csrc/dnl_block on the CPU, else triton.py. The states buffer is all that grows with
+the depth.
 
 The tensors of all layers are packed into one vector per kind; A_l and a_l of an input skip are folded into the filters
 of state 0 and the bias (paper's order, where nothing stands between a state and its filter).
@@ -22,10 +23,23 @@ NAMES = (
 )  # fmt: skip
 
 
+def choose(x0: Tensor, backend: str | None) -> str | None:
+    """The backend whose fused kernels this call would run."""
+    candidates = ("triton", "cpu") if backend is None else (backend,)
+    for name, device in (("triton", "cuda"), ("cpu", "cpu")):
+        asked = name == backend or x0.device.type == device
+        if name in candidates and asked and _backend.absence(name) is None:
+            return name
+    return None
+
+
 def limit(x0: Tensor, parameters: Sequence[Any], config: BlockConfig, backend: str | None) -> str | None:
     """Why the fused kernels cannot run this call, or None. The composition runs every call."""
-    if backend not in (None, "cpu") or x0.device.type != "cpu" or _backend.absence("cpu"):
-        return "the fused block is a CPU kernel"
+    chosen = choose(x0, backend)
+    if chosen is None:
+        return "the fused block has CPU and Triton kernels"
+    if chosen == "triton" and (not config.preactivation or x0.dtype == torch.float64):
+        return "the fused block in Triton is for preactivation, and not for float64"
     if config.kernel != "local" or config.affine == "linear":
         return f"the fused block has kernel='local' and a convolution, not {config.kernel!r} and {config.affine!r}"
     if config.bottleneck is not None:
@@ -35,6 +49,13 @@ def limit(x0: Tensor, parameters: Sequence[Any], config: BlockConfig, backend: s
     if any(t is not None and t.requires_grad for p in parameters for t in (p.norm_mean, p.norm_var)):
         return "the fused block takes given statistics as constants"
     return None
+
+
+class Call(NamedTuple):
+    """The static part of a call, hashable."""
+
+    block: BlockConfig
+    backend: str
 
 
 class Packed(NamedTuple):
@@ -49,12 +70,12 @@ class Packed(NamedTuple):
 
 
 def dnl_block(
-    x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig
+    x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig, backend: str
 ) -> tuple[Tensor, Statistics | None]:
     if config.training:  # running statistics are not read, and the caller updates them before the backward pass
         parameters = [p._replace(norm_mean=None, norm_var=None) for p in parameters]
     tensors = [getattr(p, name) for p in parameters for name in NAMES]
-    states, mean, var, _ = _function(config, x0, *tensors)
+    states, mean, var, _ = _function(Call(config, backend), x0, *tensors)
     if config.norm is None or not config.training:
         return states, None
     elements = x0.numel() // x0.shape[1]
@@ -138,27 +159,31 @@ def _static(config: BlockConfig) -> tuple:
     )  # fmt: skip
 
 
-def _compute_dtype(x0: Tensor) -> torch.dtype:
-    return torch.float64 if x0.dtype == torch.float64 else torch.float32
+def _dtypes(x0: Tensor, backend: str) -> tuple[torch.dtype, torch.dtype]:
+    """Of the parameters, and of the states: what the CPU kernels compute in, or the states' own."""
+    dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    return dtype, dtype if backend == "cpu" else x0.dtype
 
 
-def _forward(config, tensors):
+def _forward(call, tensors):
+    config, backend = call
     x0, layers = tensors[0], _layers(config, tensors[1:])
-    dtype = _compute_dtype(x0)
+    dtype, stored = _dtypes(x0, backend)
     packed = _pack(config, x0, layers, dtype)
-    states, mean, var, outputs = _backend.kernel("cpu", "dnl_block_fwd")(x0.to(dtype), *packed, *_static(config))
+    states, mean, var, outputs = _backend.kernel(backend, "dnl_block_fwd")(x0.to(stored), *packed, *_static(config))
     return states.to(x0.dtype), mean, var, outputs
 
 
-def _backward(config, dstates, tensors, extra, needs):
+def _backward(call, dstates, tensors, extra, needs):
+    config, backend = call
     x0, layers = tensors[0], _layers(config, tensors[1:])
     states, mean, var, outputs = extra
-    dtype = _compute_dtype(x0)
+    dtype, stored = _dtypes(x0, backend)
     packed = _pack(config, x0, layers, dtype)
     if config.norm is not None and config.training:
         packed = packed._replace(mean=mean, var=var)
-    dx0, dweight, dbias, dgamma, dbeta = _backend.kernel("cpu", "dnl_block_bwd")(
-        dstates.to(dtype), states.to(dtype), outputs, *packed, *_static(config)
+    dx0, dweight, dbias, dgamma, dbeta = _backend.kernel(backend, "dnl_block_bwd")(
+        dstates.to(stored), states.to(stored), outputs, *packed, *_static(config)
     )
     sizes = [config.growth_rate * _read_channels(config, i) * _size(config) ** 2 for i in range(config.num_layers)]
     dfilters = dweight.split(sizes)
@@ -193,8 +218,8 @@ def _filter_gradients(config: BlockConfig, layer: int, flat: Tensor, p: Any) -> 
     return {"affine_weight": affine, "skip_weight": skip}
 
 
-def _reference(config, tensors):
-    return reference.dnl_block(tensors[0], _layers(config, tensors[1:]), config)[0]
+def _reference(call, tensors):
+    return reference.dnl_block(tensors[0], _layers(call.block, tensors[1:]), call.block)[0]
 
 
 _function = differentiable(_forward, _backward, _reference, keep_output=True, return_extra=True)

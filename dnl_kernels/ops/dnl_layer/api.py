@@ -23,7 +23,7 @@ from . import composition, reference
 from .config import LayerConfig, NonLocalParameters
 
 OP = "dnl_layer"
-_backend.declare(OP, cpu=_backend.CPU)
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON)  # each part by its Triton operator
 
 
 def dnl_layer(

@@ -30,6 +30,20 @@ def _concatenated(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) ->
     return weight, torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in pairs])
 
 
+def _names(theta: NonLocalParameters) -> list[str]:
+    return ["query", "value"] if theta.key_weight is None else ["query", "key", "value"]
+
+
+def _sizes(theta: NonLocalParameters) -> list[int]:
+    return [getattr(theta, f"{name}_weight").shape[0] for name in _names(theta)]
+
+
+def _projections(theta: NonLocalParameters) -> tuple[Tensor, Tensor | None]:
+    """The matrices of query, key (unless it is the query's) and value as one."""
+    weights, biases = ([getattr(theta, f"{name}_{kind}") for name in _names(theta)] for kind in ("weight", "bias"))
+    return _concatenated(weights, biases)
+
+
 def non_local(y: Tensor, theta: NonLocalParameters, kernel: str, heads: int, backend: str | None) -> Tensor:
     """N(y; theta): one function where kernels run, its parts where a compiler or a transform looks inside."""
     if kernel == "local":
@@ -42,14 +56,15 @@ def non_local(y: Tensor, theta: NonLocalParameters, kernel: str, heads: int, bac
 
 
 def composed_non_local(y: Tensor, theta: NonLocalParameters, kernel: str, heads: int, backend: str | None) -> Tensor:
-    """N(y; theta) for a kernel other than "local", from differentiable operators. The projections are one product, and
-    the attention reads them where they lie."""
-    images = y.dim() == 4
-    names = ["query", "value"] if theta.key_weight is None else ["query", "key", "value"]
-    weights = [getattr(theta, f"{name}_weight") for name in names]
-    weight, bias = _concatenated(weights, [getattr(theta, f"{name}_bias") for name in names])
-    products = affine([y], weight[:, :, None, None] if images else weight, bias, backend=backend)
-    sizes = [w.shape[0] for w in weights]
+    """N(y; theta) for a kernel other than "local", from differentiable operators."""
+    weight, bias = _projections(theta)
+    products = affine([y], weight[:, :, None, None] if y.dim() == 4 else weight, bias, backend=backend)
+    return _attend(products, theta, kernel, heads, backend)
+
+
+def _attend(products: Tensor, theta: NonLocalParameters, kernel: str, heads: int, backend: str | None) -> Tensor:
+    """N(y; theta) from the projections of y, side by side, which the attention reads where they lie."""
+    images, sizes = products.dim() == 4, _sizes(theta)
     if images:
         parts = [p.unflatten(1, (heads, -1)) for p in products.flatten(2).split(sizes, 1)]  # [B, h, D, N]
     else:
@@ -65,10 +80,36 @@ def composed_non_local(y: Tensor, theta: NonLocalParameters, kernel: str, heads:
     )
     assert theta.output_weight is not None
     if images:
-        weight, out = theta.output_weight[:, :, None, None], out.flatten(1, 2).unflatten(2, y.shape[2:])
+        weight, out = theta.output_weight[:, :, None, None], out.flatten(1, 2).unflatten(2, products.shape[2:])
     else:
         weight, out = theta.output_weight, out.transpose(1, 2).flatten(2)
     return affine([out], weight, theta.output_bias, backend=backend)
+
+
+def folds(weight: Tensor, theta: NonLocalParameters, config, backend: str | None) -> bool:
+    """Whether the projections of N are folded into the accumulation: y is then nowhere in memory.
+
+    On a GPU, where bytes decide, and where the filter is 1x1, nothing else reads y, and the folded map is not much
+    wider than K itself: sum_j (W_q K_j) x_j costs a product of the states with every row of W_q, W_k and W_v."""
+    device = backend if backend is not None or weight.device.type != "cuda" else "triton"
+    if device != "triton" or config.kernel == "local" or config.residual or weight.shape[2:].numel() != 1:
+        return False
+    return sum(_sizes(theta)) <= 2 * weight.shape[0]
+
+
+def non_local_of_affine(
+    states: Sequence[Tensor], weight: Tensor, bias: Tensor | None, theta: NonLocalParameters, config, backend, **options
+) -> Tensor:
+    """N(y; theta) with y = affine(states, weight, bias, **options), by the product of the two linear maps."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    projection, shift = _projections(theta)
+    folded = projection.to(wide) @ weight.to(wide).flatten(1)
+    folded = folded.to(weight.dtype).reshape(projection.shape[0], *weight.shape[1:])
+    if bias is not None:
+        moved = projection.to(wide) @ bias.to(wide)
+        shift = (moved if shift is None else moved + shift).to(weight.dtype)
+    products = affine(states, folded, shift, backend=backend, **options)
+    return _attend(products, theta, config.kernel, config.heads, backend)
 
 
 def dnl_layer(
@@ -83,9 +124,14 @@ def dnl_layer(
     backend: str | None,
 ) -> Tensor:
     prologue = {"norm_scale": norm[0], "norm_shift": norm[1], "activation": config.input_activation}
-    y = affine(states, affine_weight, affine_bias, scale=config.tau, backend=backend, **prologue)
-    if skip is not None:
-        y = y + affine([skip[0]], skip[1], skip[2], backend=backend)
-    z = non_local(y, theta, config.kernel, config.heads, backend)
-    z = z + y if config.residual else z
+    if skip is None and folds(affine_weight, theta, config, backend):
+        z = non_local_of_affine(
+            states, affine_weight, affine_bias, theta, config, backend, scale=config.tau, **prologue
+        )
+    else:
+        y = affine(states, affine_weight, affine_bias, scale=config.tau, backend=backend, **prologue)
+        if skip is not None:
+            y = y + affine([skip[0]], skip[1], skip[2], backend=backend)
+        z = non_local(y, theta, config.kernel, config.heads, backend)
+        z = z + y if config.residual else z
     return normalise_activate(z, *output_norm, config.activation, 1 if affine_weight.dim() == 4 else -1)

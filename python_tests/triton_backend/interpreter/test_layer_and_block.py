@@ -1,0 +1,105 @@
+"""dnl_layer and dnl_block through their Triton operators against float64: every named case, every gradient."""
+
+import pytest
+import torch
+
+import dnl_kernels as dnl
+from dnl_kernels import _backend
+from dnl_kernels.ops.dnl_block.api import dnl_block_with_statistics
+from dnl_kernels.testing import assert_within_budget, dnl_block, dnl_layer
+from dnl_kernels.testing.triton_interpreter import traffic
+
+# Every case in float32, and in the half types those that differ in more than the kernels of their parts.
+LAYERS = [(name, torch.float32) for name in dnl_layer.CASES]
+LAYERS += [(name, dtype) for name in ("preactivation", "dot-tokens") for dtype in (torch.bfloat16, torch.float16)]
+BLOCKS = [(name, torch.float32) for name in dnl_block.CASES]
+BLOCKS += [("densenet-eval", torch.bfloat16), ("densenet-eval", torch.float16)]
+
+
+def joined(grads):
+    """All gradients as one tensor: that of a key's bias is zero, where a relative error has no meaning."""
+    return torch.cat([grad.flatten() for grad in grads.values()])
+
+
+def run_layer(case, states, tensors, backend):
+    states = [s.detach().requires_grad_() for s in states]
+    tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    y = dnl_layer.call(case, states, tensors, backend)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y)
+    names = [*tensors, *(f"states[{j}]" for j in range(len(states)))]
+    return y, dict(zip(names, torch.autograd.grad(y, [*tensors.values(), *states], dy), strict=True))
+
+
+@pytest.mark.parametrize("name, dtype", LAYERS, ids=str)
+def test_layer_against_float64(name, dtype):
+    case = dnl_layer.CASES[name]
+    states, tensors = dnl_layer.inputs(case, dtype)
+    y, grads = run_layer(case, states, tensors, "triton")
+    eager, eager_grads = run_layer(case, states, tensors, "reference")
+    wide = [s.double() for s in states], {n: t.double() for n, t in tensors.items()}
+    exact, exact_grads = run_layer(case, *wide, "reference")
+    assert_within_budget("y", y, exact, eager)
+    assert_within_budget("gradients", joined(grads), joined(exact_grads), joined(eager_grads))
+
+
+def test_the_accumulated_y_is_in_no_memory():
+    """A layer with 1x1 filters stores the projections of y, its output, and nothing of the size of y."""
+    case = dnl_layer.Case((5, 4), size=1, kernel="dot", width=8, biases=True)
+    states, tensors = dnl_layer.inputs(case, torch.float32)
+    with traffic() as count, torch.no_grad():
+        y = dnl_layer.call(case, states, tensors, "triton")
+    projections = 9 * y[:, 0].numel() * 4
+    assert count.by_tensor["Y"]["store"] == projections + y.nbytes
+    torch.testing.assert_close(y, dnl_layer.call(case, states, tensors, "reference"))
+
+
+def run_block(case, x0, layers, backend):
+    x0 = x0.detach().requires_grad_()
+    names = dnl_block.trainable(layers)
+    layers = [{n: t.detach() for n, t in layer.items()} for layer in layers]
+    leaves = [layers[i][name].requires_grad_() for i, name in names]
+    parameters = [dnl.LayerParameters(**layer) for layer in layers]
+    y, statistics = dnl_block_with_statistics(x0, parameters, case.config, backend=backend)
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y)
+    grads = torch.autograd.grad(y, [x0, *leaves], dy, allow_unused=True)
+    named = zip(["dx0", *(f"layer {i} d{name}" for i, name in names)], grads, strict=True)
+    return y, {name: grad for name, grad in named if grad is not None}, statistics
+
+
+@pytest.mark.parametrize("name, dtype", BLOCKS, ids=str)
+def test_block_against_the_plain_network_in_float64(name, dtype):
+    case = dnl_block.CASES[name]
+    x0, layers = dnl_block.inputs(case, dtype)
+    y, grads, statistics = run_block(case, x0, layers, "triton")
+    eager, eager_grads, _ = run_block(case, x0, layers, "reference")
+    wide = x0.double(), [{n: t.double() for n, t in layer.items()} for layer in layers]
+    exact, exact_grads, exact_statistics = run_block(case, *wide, "reference")
+    factor = 2.0 if dtype == torch.float32 else 4.0  # as in the tests of the CPU kernels
+    assert grads.keys() == exact_grads.keys()
+    assert_within_budget("y", y, exact, eager)
+    assert_within_budget("gradients", joined(grads), joined(exact_grads), joined(eager_grads), factor)
+    if statistics is not None and case.batch and statistics.states_mean is not None:
+        for layer in range(case.config.num_layers):
+            for start, end in case.config.spans(layer):
+                for found, expected in zip(statistics[:2], exact_statistics[:2], strict=True):
+                    torch.testing.assert_close(found[start:end].double(), expected[start:end], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", ["dnl_layer", "dnl_block"])
+def test_the_parts_run_in_triton(operator, monkeypatch):
+    """backend="triton" reaches every part: none is left to another backend."""
+    chosen = []
+    original = _backend.select
+
+    def select(op, backend, example, **facts):
+        chosen.append((op, found := original(op, backend, example, **facts)))
+        return found
+
+    monkeypatch.setattr(_backend, "select", select)
+    if operator == "dnl_layer":
+        case = dnl_layer.CASES["equation-1"]
+        dnl_layer.call(case, *dnl_layer.inputs(case, torch.float32), "triton")
+    else:
+        case = dnl_block.CASES["densenet-bc"]
+        run_block(case, *dnl_block.inputs(case, torch.float32), "triton")
+    assert len(chosen) > 2 and {backend for _, backend in chosen} == {"triton"}
