@@ -39,6 +39,11 @@ def _dense_conv2d_fwd(states, weight, bias, norm_scale, norm_shift, activation, 
     return weight.new_empty((batch, weight.shape[0], height, width))
 
 
+def _dense_conv2d_moments_fwd(states, weight, *rest):
+    y = _dense_conv2d_fwd(states, weight, *rest)
+    return y, weight.new_empty((2, weight.shape[0]), dtype=torch.float32)
+
+
 def _dense_conv2d_bwd(
     dy, states, weight, norm_scale, norm_shift, activation, scale, need_states, need_weight, need_bias, need_norm
 ):
@@ -129,6 +134,11 @@ SCHEMAS: dict[str, Schema] = {
         "(Tensor[] states, Tensor weight, Tensor? bias, Tensor? norm_scale, Tensor? norm_shift, str activation,"
         " float scale) -> Tensor",
         _dense_conv2d_fwd,
+    ),
+    "dense_conv2d_moments_fwd": Schema(  # CUDA: also the sums of y and of y^2 over the pixels, [2, D] in float32
+        "(Tensor[] states, Tensor weight, Tensor? bias, Tensor? norm_scale, Tensor? norm_shift, str activation,"
+        " float scale) -> (Tensor, Tensor)",
+        _dense_conv2d_moments_fwd,
     ),
     "dense_conv2d_bwd": Schema(
         "(Tensor dy, Tensor[] states, Tensor weight, Tensor? norm_scale, Tensor? norm_shift, str activation,"
