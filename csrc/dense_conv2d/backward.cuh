@@ -90,11 +90,20 @@ DNL_DEVICE void pull_back(const ConvBackward& p, const ConvBackwardShared<T>& sh
     scale[k] = table[channel_of(k)].scale;
     shift[k] = table[channel_of(k)].shift;
   }
-  const auto finish = [&](int k, float v, float& xv) {
-    const float g = p.scale * v * activation_slope(p.activation, scale[k] * xv + shift[k]);
-    sums[k] += g;
-    moments[k] += g * xv;
-    xv = g * scale[k];
+  // From v and x of some positions, [..][kMine], to dx in the place of x.
+  const auto finish = [&](const auto& v, auto& xs) {
+    constexpr int kCount = sizeof(xs) / sizeof(xs[0]);
+    float slope[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; i++) slope[i] = scale[i % kMine] * xs[i] + shift[i % kMine];
+    for_all(p.activation, slope, [](Activation which, float u) { return activation_slope(which, u); });
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      const float g = p.scale * v[i] * slope[i];
+      sums[i % kMine] += g;
+      moments[i % kMine] += g * xs[i];
+      xs[i] = g * scale[i % kMine];
+    }
   };
   for (int block = warp * kConvPair; block < blocks; block += warps * kConvPair) {
     if constexpr (E::kHalf) {
@@ -117,17 +126,26 @@ DNL_DEVICE void pull_back(const ConvBackward& p, const ConvBackwardShared<T>& sh
 #pragma unroll
       for (int m = 0; m < kConvPair; m++) {
         if (block + m >= blocks) break;
+        // Two positions, g and g + 8, by two octets, by two channels; outside of the images v counts as 0.
+        float xs[2][kMine], vs[2][kMine];
+        const auto word = [&](int half, int octet) {
+          const int position = t.origin + (block + m) * 16 + lane / 4 + half * 8;
+          return reinterpret_cast<uint32_t*>(x + (octet * t.length + position) * 8 + lane % 4 * 2);
+        };
 #pragma unroll
-        for (int e = 0; e < 4; e++) {  // (octet, upper or lower half of the block)
-          const int octet = e / 2, in_block = lane / 4 + e % 2 * 8;
-          if (!(interior[block + m] >> in_block & 1)) continue;
-          uint32_t* word = reinterpret_cast<uint32_t*>(
-              x + (octet * t.length + t.origin + (block + m) * 16 + in_block) * 8 + lane % 4 * 2);
-          float2 pair = unpack<T>(*word);
-          finish(octet * 2, v[m][octet][e % 2 * 2], pair.x);
-          finish(octet * 2 + 1, v[m][octet][e % 2 * 2 + 1], pair.y);
-          *word = pack<T>(pair.x, pair.y);
+        for (int i = 0; i < 4; i++) {
+          const int half = i / 2, octet = i % 2;
+          const bool inside = interior[block + m] >> (lane / 4 + half * 8) & 1;
+          const float2 pair = unpack<T>(*word(half, octet));
+          xs[half][2 * octet] = inside ? pair.x : 0.0f;
+          xs[half][2 * octet + 1] = inside ? pair.y : 0.0f;
+          vs[half][2 * octet] = inside ? v[m][octet][2 * half] : 0.0f;
+          vs[half][2 * octet + 1] = inside ? v[m][octet][2 * half + 1] : 0.0f;
         }
+#pragma unroll
+        for (int half = 0; half < 2; half++) finish(vs[half], xs[half]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) *word(i / 2, i % 2) = pack<T>(xs[i / 2][i % 2 * 2], xs[i / 2][i % 2 * 2 + 1]);
       }
     } else {
       float v[kConvPair][kMine] = {};
@@ -148,9 +166,15 @@ DNL_DEVICE void pull_back(const ConvBackward& p, const ConvBackwardShared<T>& sh
 #pragma unroll
       for (int m = 0; m < kConvPair; m++) {
         if (block + m >= blocks || !(interior[block + m] >> (lane % 16) & 1)) continue;
+        float xs[kMine];
+        const auto place = [&](int k) -> T& {
+          return x[channel_of(k) * t.length + t.origin + (block + m) * 16 + lane % 16];
+        };
 #pragma unroll
-        for (int k = 0; k < kMine; k++)
-          finish(k, v[m][k], x[channel_of(k) * t.length + t.origin + (block + m) * 16 + lane % 16]);
+        for (int k = 0; k < kMine; k++) xs[k] = place(k);
+        finish(v[m], xs);
+#pragma unroll
+        for (int k = 0; k < kMine; k++) place(k) = xs[k];
       }
     }
   }

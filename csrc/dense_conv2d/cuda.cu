@@ -1,8 +1,8 @@
 // dense_conv2d on CUDA: checks -> tiles -> params -> launch. Meaning: dnl_kernels/ops/dense_conv2d/reference.py.
 #include <algorithm>
 
-#include "common/conv_host.h"
 #include "common/launch.cuh"
+#include "common/conv_host.h"
 #include "dense_conv2d/backward.cuh"
 
 namespace dnl {

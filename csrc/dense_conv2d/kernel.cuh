@@ -113,12 +113,12 @@ DNL_DEVICE void store_pixels(T* p, const float (&v)[ConvElement<T>::kPixels], in
   }
 }
 
-// A run of pixels at once: one branch for all of them.
-template <int N>
-DNL_DEVICE void activate_all(Activation activation, float (&v)[N]) {
+// Several values at once: one branch for all of them. apply(activation as a constant, value).
+template <int N, class Apply>
+DNL_DEVICE void for_all(Activation activation, float (&v)[N], Apply apply) {
   const auto each = [&](auto which) {
 #pragma unroll
-    for (int e = 0; e < N; e++) v[e] = activate(decltype(which)::value, v[e]);
+    for (int e = 0; e < N; e++) v[e] = apply(decltype(which)::value, v[e]);
   };
   switch (activation) {
     case Activation::relu: return each(std::integral_constant<Activation, Activation::relu>{});
@@ -126,7 +126,7 @@ DNL_DEVICE void activate_all(Activation activation, float (&v)[N]) {
     case Activation::tanh: return each(std::integral_constant<Activation, Activation::tanh>{});
     case Activation::gelu: return each(std::integral_constant<Activation, Activation::gelu>{});
     case Activation::silu: return each(std::integral_constant<Activation, Activation::silu>{});
-    default: return;
+    default: return each(std::integral_constant<Activation, Activation::identity>{});
   }
 }
 
@@ -189,7 +189,7 @@ DNL_DEVICE void stage(T* activated, T* raw, const ConvPlane<T>* table, int group
         if (plane.data) {
 #pragma unroll
           for (int e = 0; e < E::kPixels; e++) v[k][e] = v[k][e] * scale + shift;
-          activate_all(activation, v[k]);
+          for_all(activation, v[k], [](Activation which, float u) { return activate(which, u); });
         }
       }
     }
@@ -233,7 +233,7 @@ struct ConvFilters {
 };
 
 template <class T, int kOctets>
-__global__ void __launch_bounds__(32 * kConvMaxWarps, kOctets > 2 ? 1 : 2)
+__global__ void __launch_bounds__(32 * kConvMaxWarps, kOctets > 1 ? 1 : 2)
     dense_conv2d_fwd_kernel(const __grid_constant__ ConvForward p) {
   using E = ConvElement<T>;
   using Filters = ConvFilters<T, kOctets>;

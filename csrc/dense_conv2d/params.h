@@ -44,8 +44,8 @@ struct ConvTiling {
   DNL_EITHER int span(int of_images, int of_rows) const {  // positions from the first pixel to behind the last one
     return (of_images - 1) * image_pitch + (of_rows - 1) * pitch + width;
   }
-  int64_t tiles() const { return (batch + images - 1) / images * bands; }
-  int blocks() const { return (span(images, rows) + 15) / 16; }
+  DNL_EITHER int64_t tiles() const { return (batch + images - 1) / images * bands; }
+  DNL_EITHER int blocks() const { return (span(images, rows) + 15) / 16; }
 };
 
 struct ConvCommon {
