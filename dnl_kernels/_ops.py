@@ -42,6 +42,11 @@ def _dense_conv2d_fwd(states, weight, bias, norm_scale, norm_shift, activation, 
     return weight.new_empty((batch, weight.shape[0], height, width))
 
 
+def _dense_conv2d_moments_fwd(states, weight, *rest):
+    y = _dense_conv2d_fwd(states, weight, *rest)
+    return y, weight.new_empty((2, weight.shape[0]), dtype=torch.float32)
+
+
 def _dense_linear_fwd(states, weight, bias, norm_scale, norm_shift, activation, scale):
     return weight.new_empty((*states[0].shape[:-1], weight.shape[0]))
 
@@ -178,6 +183,8 @@ SCHEMAS: dict[str, Schema] = {
     "dense_linear_fwd": Schema(f"{_DENSE_FWD} -> Tensor", _dense_linear_fwd),
     "dense_linear_bwd": Schema(_DENSE_BWD, _dense_bwd),
     "dense_conv2d_fwd": Schema(f"{_DENSE_FWD} -> Tensor", _dense_conv2d_fwd),
+    # CUDA: also the sums of y and of y^2 over the pixels, [2, D] in float32
+    "dense_conv2d_moments_fwd": Schema(f"{_DENSE_FWD} -> (Tensor, Tensor)", _dense_conv2d_moments_fwd),
     "dense_conv2d_bwd": Schema(_DENSE_BWD, _dense_bwd),
     "nonlocal_attention_fwd": Schema(
         "(Tensor query, Tensor key, Tensor value, Tensor? bandwidth, Tensor? key_mask, float scale, bool normalize,"

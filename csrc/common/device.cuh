@@ -34,7 +34,7 @@ using half_t = __half;
 using bfloat16_t = __nv_bfloat16;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// ---- global memory: every access of a kernel goes through these two, so that the emulator can count it ----
+// ---- global memory: every access of a kernel goes through these three, so that the emulator can count it ----
 template <class T>
 DNL_DEVICE T load_global(const T* p) {
 #ifdef DNL_EMULATOR
@@ -43,6 +43,13 @@ DNL_DEVICE T load_global(const T* p) {
 #else
   return __ldg(p);  // read-only for the whole kernel
 #endif
+}
+template <class T>
+DNL_DEVICE T load_own(const T* p) {  // written by this thread in the same kernel
+#ifdef DNL_EMULATOR
+  emulator::count_global(p, sizeof(T), false);
+#endif
+  return *p;
 }
 template <class T>
 DNL_DEVICE void store_global(T* p, T value) {

@@ -13,7 +13,19 @@ from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, che
 from . import reference
 
 OP = "dense_conv2d"
-_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON)
+CUDA_LIMITS = {"states": 96, "outputs": 32, "pixels in a row": 128}  # kConvMax*
+CUDA_SIZES = (1, 3)
+
+
+def _cuda_limit(states: int, outputs: int, size: int, width: int) -> str | None:
+    for (name, most), given in zip(CUDA_LIMITS.items(), (states, outputs, width), strict=True):
+        if given > most:
+            return f"takes at most {most} {name}, not {given}"
+    return None if size in CUDA_SIZES else f"takes filters of 1x1 and 3x3, not {size}x{size}"
+
+
+_CUDA = _backend.CUDA._replace(limit=_cuda_limit)
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON, cuda=_CUDA)
 
 
 class Config(NamedTuple):
@@ -69,7 +81,10 @@ def dense_conv2d(
     _check_shapes(states, weight, options)
     check_choice(OP, "activation", activation, ACTIVATIONS)
     check_number(OP, "scale", scale)
-    chosen = _backend.select(OP, backend, states[0])
+    outputs, _, _, size = weight.shape
+    chosen = _backend.select(
+        OP, backend, states[0], states=len(states), outputs=outputs, size=size, width=states[0].shape[3]
+    )
     if chosen == "reference":
         return reference.dense_conv2d(states, weight, bias, norm_scale, norm_shift, activation, scale)
     return _function(Config(activation, float(scale), chosen), weight, bias, norm_scale, norm_shift, *states)
