@@ -85,6 +85,31 @@ def _accumulation_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
+_LAYER_TAIL = (
+    "Tensor[] states, Tensor? skip_input, Tensor affine_weight, Tensor? affine_bias, Tensor? norm_scale,"
+    " Tensor? norm_shift, Tensor query_weight, Tensor? query_bias, Tensor? key_weight, Tensor? key_bias,"
+    " Tensor value_weight, Tensor? value_bias, Tensor output_weight, Tensor? output_bias, Tensor? rho,"
+    " Tensor? output_scale, Tensor? output_shift, Tensor? skip_weight, Tensor? skip_bias, str kernel, str activation,"
+    " float tau, str input_activation, int heads, bool residual"
+)
+
+
+def _dnl_layer_fwd(states, skip_input, affine_weight, *others):
+    result, first = others[9].shape[0], states[0]
+    shape = (*first.shape[:2], result) if first.dim() == 3 else (first.shape[0], result, *first.shape[2:])
+    return first.new_empty(shape)
+
+
+def _dnl_layer_bwd(dout, states, skip_input, *others):
+    *parameters, need_states, need_parameters = others
+    given = [p for p in parameters[:17] if p is not None]
+    inputs = [*states, *([] if skip_input is None else [skip_input])]
+    return (
+        [t.new_empty(t.shape) for t in inputs] if need_states else [],
+        dout.new_empty(sum(p.numel() for p in given) if need_parameters else 0),
+    )
+
+
 def _dnl_block_fwd(
     x0, weight, bias, gamma, beta, mean, var, connectivity, growth_rate, size, preactivation, norm, training,
     activation, tau, eps,
@@ -196,6 +221,10 @@ SCHEMAS: dict[str, Schema] = {
         " Tensor shift, Tensor sum, float scale, bool normalize, bool causal, bool channels_first,"
         " bool need_bandwidth) -> (Tensor, Tensor, Tensor, Tensor)",
         _nonlocal_attention_bwd,
+    ),
+    "dnl_layer_fwd": Schema(f"({_LAYER_TAIL}) -> Tensor", _dnl_layer_fwd),
+    "dnl_layer_bwd": Schema(
+        f"(Tensor dout, {_LAYER_TAIL}, bool need_states, bool need_parameters) -> (Tensor[], Tensor)", _dnl_layer_bwd
     ),
     "dnl_block_fwd": Schema(f"(Tensor x0, {_BLOCK_TAIL} -> (Tensor, Tensor, Tensor, Tensor)", _dnl_block_fwd),
     "dnl_block_bwd": Schema(

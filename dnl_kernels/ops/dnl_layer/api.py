@@ -19,11 +19,13 @@ from ..._checks import (
     fail,
     shape,
 )
-from . import composition, reference
+from . import composition, fused, reference
 from .config import LayerConfig, NonLocalParameters
 
 OP = "dnl_layer"
-_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON)  # each part by its Triton operator
+# Triton: each part by its own operator.
+_CUDA = _backend.CUDA._replace(limit=fused.limit)
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON, cuda=_CUDA)
 
 
 def dnl_layer(
@@ -68,7 +70,8 @@ def dnl_layer(
         skip_input, skip_weight, skip_bias: x_s, A and a: a state [B, C_s, H, W] or [B, N, C_s], [G, C_s, k, k] or
             [G, C_s], and [G] or None.
         output_scale, output_shift: [G'] or None, G' the channels of the result.
-        backend: None (the best for each part), "reference", "cpu", "triton" or "cuda".
+        backend: None (the best for each part), "reference", "cpu", "triton" or "cuda" (the fused kernel, in one launch,
+            for what `fused.limit` allows; the other backends compose the layer of other operators).
 
     Returns:
         [B, G', H, W] or [B, N, G'], G' = G for kernel="local" and the rows of theta's output_weight otherwise.
@@ -119,11 +122,12 @@ def dnl_layer(
         skip,
         config,
     )
-    if backend is not None:
-        _backend.select(OP, backend, states[0])
+    chosen = _backend.select(OP, backend, states[0], states=states, named=named, config=config)
     with outside_autocast(states[0]):
         if backend == "reference":
             return reference.dnl_layer(*arguments)
+        if chosen.startswith("cuda"):
+            return fused.dnl_layer(states, named, config, chosen)
         return composition.dnl_layer(*arguments, backend)
 
 
