@@ -146,7 +146,7 @@ def _study(args: argparse.Namespace, p: float | None, first: str, watch: studies
     build = problem_a if which == "a" else problem_b
     problem = build(p=p, first=first)
     restarts = args.restarts or (4 if which == "a" else 12)
-    name = f"{which.upper()}, p = {p:g}, x0 {problem.first}"
+    name = f"{which}, p = {p:g}, x0 {problem.first}"
     return studies.learning_study(problem, name, levels, restarts=restarts, watch=watch, **seed)
 
 

@@ -233,9 +233,9 @@ def _loglog(
         fall = [(level / levels[0]) ** order for level in levels]
         start = min(e * f for curve in errors for e, f in zip(curve, fall, strict=True) if e > 0) / 1.8
         axis.plot(levels, [start / f for f in fall], color="0.4", linestyle=":")
-        axis.annotate(
-            f"slope $-{order:g}$", (levels[0], start), xytext=(0, -12), textcoords="offset points", fontsize=8.5
-        )
+        middle = (len(levels) - 1) // 2
+        at = {"xytext": (-3, -3), "textcoords": "offset points", "ha": "right", "va": "top", "fontsize": 8.5}
+        axis.annotate(f"slope $-{order:g}$", (levels[middle], start / fall[middle]), **at)
     axis.set_xticks(levels, [str(level) for level in levels])
     axis.minorticks_off()
 

@@ -6,7 +6,7 @@ available text does not contain.
 """
 
 from .adjoint import AdjointResult, adjoint
-from .blocks import coarsen, refine
+from .blocks import as_block, coarsen, refine
 from .bounds import (
     convergence_constant,
     growth_constant,
@@ -83,6 +83,7 @@ __all__ = [
     "ToeplitzKernel",
     "Trajectory",
     "adjoint",
+    "as_block",
     "coarsen",
     "convergence_constant",
     "dct_matrix",

@@ -32,6 +32,13 @@ def check_exponent(p: float) -> float:
     return float(p)
 
 
+def as_samples(value: object) -> object:
+    """A numpy array as a float64 tensor; everything else unchanged."""
+    if hasattr(value, "__array__") and not isinstance(value, Tensor):
+        return torch.as_tensor(value, dtype=torch.float64)
+    return value
+
+
 def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""DNLBlocks as samples of curves: carried to another depth by the extension operators, and their regularizer.
+"""DNLBlocks as samples of curves: made from Theta, carried to another depth by the extensions, and regularised.
 
 A block's layer l reads the input (state 0) and states j = 1 .. l with weights S^{l,j} = tau * affine.weight, the step
 absorbed. How its tensors are curves:
@@ -12,6 +12,7 @@ absorbed. How its tensors are curves:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ._checks import check_choice, check_exponent
 from .extension import PiecewiseLinear, prolong, restrict
+from .operators import LayerMap, LocalKernel, RBFKernel
 from .parameters import DiscreteParameters, unpack
 from .regularization import ANCHORS, check_weights, one_index_terms, power, two_index_terms
 
@@ -67,14 +69,81 @@ def coarsen(source: DNLBlock | DiscreteParameters) -> DNLBlock | DiscreteParamet
     return _rebuild(source, layers // 2)
 
 
-def _check_block(block: nn.Module) -> Any:
+def as_block(parameters: DiscreteParameters, phi: LayerMap, *, backend: str | None = None) -> DNLBlock:
+    """The DNLBlock that computes eq. (1): Theta acts on the d channels of every position alike.
+
+    On x [B, N, d] its states are those of `forward` with Theta's matrices repeated for all positions, I_N (x) Theta,
+    through `dnl_kernels.dnl_block`. The row-normalised kernels become the block's projections: exp(y_i^T M y_j) by
+    W_q = sqrt(d) M^T and W_k = I, RBF by rho = log h, the value by W_v.
+
+    Args:
+        parameters: Theta of one position, d its channels.
+        phi: the layer map; its `positions` may be any (vartheta does not depend on them).
+        backend: of the block.
+
+    Raises:
+        ValueError: a normalisation other than "row", or an activation that blocks do not have.
+
+    Source: DNL (1) (reconstructed).
+    """
+    from dnl_kernels.nn import DNLBlock
+
+    d, operator = parameters.dim, phi.operator
+    local = operator is None or isinstance(operator.kernel, LocalKernel)
+    if operator is not None and operator.normalization != "row":
+        raise ValueError(f"phi must have normalization 'row', got {operator.normalization!r}")
+    rbf = operator is not None and isinstance(operator.kernel, RBFKernel)
+    A = parameters.A
+    block = DNLBlock(
+        d,
+        parameters.layers,
+        d,
+        affine="linear",
+        kernel="local" if local else "gaussian" if rbf else "softmax",
+        norm=None,
+        preactivation=False,
+        activation=phi.activation,
+        tau="1/L",
+        input_skip=True,
+        backend=backend,
+        device=A.device,
+        dtype=A.dtype,
+    )
+    eye = torch.eye(d, dtype=A.dtype, device=A.device)
+    with torch.no_grad():
+        for index, layer in enumerate(block.layers):
+            shape = value = None
+            if operator is not None:
+                shape, value = operator.unpack(parameters.vartheta[index], d * operator.positions, A)
+            value = eye if value is None else value
+            modules: Any = layer
+            row = torch.cat(list(parameters.row("K", index)), 1)
+            forcing, bias = A[index], parameters.a[index] + parameters.tau * parameters.row("b", index).sum(0)
+            if local:  # N is the identity for a block: the value goes into what is summed
+                row, forcing, bias = value @ row, value @ forcing, value @ bias
+            else:
+                modules.value.weight.copy_(value)
+                modules.output.weight.copy_(eye)
+                if rbf:
+                    modules.query.weight.copy_(eye)
+                    modules.rho.copy_(torch.log(eye.new_ones(()) if shape is None else shape))
+                else:
+                    modules.query.weight.copy_(math.sqrt(d) * (eye if shape is None else shape.T))
+                    modules.key.weight.copy_(eye)
+            modules.affine.weight.copy_(row)
+            modules.skip.weight.copy_(forcing)
+            modules.skip.bias.copy_(bias)
+    return block
+
+
+def _check_block(block: nn.Module, name: str = "source", minimum: int = 2) -> Any:
     config = getattr(block, "config", None)
     if config is None or not hasattr(config, "connectivity"):
-        raise TypeError(f"source must be a DNLBlock or DiscreteParameters, got {type(block).__name__}")
+        raise TypeError(f"{name} must be a DNLBlock or DiscreteParameters, got {type(block).__name__}")
     if not all(map(all, config.connectivity)):
-        raise ValueError("source must have connectivity='dense': a masked pair has no value to extend")
-    if config.num_layers < 2:
-        raise ValueError("source must have at least 2 layers: one layer reads no state but the input")
+        raise ValueError(f"{name} must have connectivity='dense': a masked pair has no value to extend")
+    if config.num_layers < minimum:
+        raise ValueError(f"{name} must have at least 2 layers: one layer reads no state but the input")
     return config
 
 
@@ -159,8 +228,8 @@ class _Triangle:
             count = index + 1 - self.base
             states = layer[name].narrow(self.axis, self.base * inputs, count * growth)
             rows.append(states.unflatten(self.axis, (count, growth)).movedim(self.axis, 0))
-        self.packed = torch.cat(rows)
         columns = [layer[name].narrow(self.axis, 0, inputs) for layer in layers]
+        self.packed = torch.cat(rows) if rows else columns[0].new_zeros(0)
         self.column = torch.stack(columns) if self.base else None
 
 
@@ -198,7 +267,7 @@ def block_regularizer(
     per-pair gamma and beta of a preactivation. vartheta: the other parameters of a layer, together. An input's column
     outside the triangle (see the module) has no difference towards the states.
     """
-    config = _check_block(block)
+    config = _check_block(block, "parameters", 1)
     p = check_exponent(p)
     check_choice("anchor", anchor, ANCHORS)
     lam = check_weights(weights)
@@ -227,9 +296,11 @@ def block_regularizer(
 def _two_index_sum(source: _Triangle, p: float) -> Tensor:
     """R2 with tau = 1/L of the triangle, and of the input's column j = 0 where it has its own."""
     layers, size = source.depth, source.depth - source.base
-    value, slope = two_index_terms(source.packed, size, p)
-    ratio = layers / size  # two_index_terms scales by its own size: value by tau^2, slopes by tau^(2 - p)
-    total = value / ratio**2 + slope * ratio ** (p - 2)
+    total = source.packed.new_zeros(())
+    if size:
+        value, slope = two_index_terms(source.packed, size, p)
+        ratio = layers / size  # two_index_terms scales by its own size: value by tau^2, slopes by tau^(2 - p)
+        total = value / ratio**2 + slope * ratio ** (p - 2)
     if source.column is None:
         return total
     powers = power(source.column, p, 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_finite, check_grid, check_shape, check_tensor
+from ._checks import as_samples, check_count, check_finite, check_grid, check_shape, check_tensor
 from .depth import CallableKernel, DepthKernel, SampledKernel
 from .structured import SeparableKernel
 
@@ -75,8 +75,9 @@ class ParameterCurves:
     """The parameters of the integral equation (7): A, a, vartheta on [0, 1]; K, b on 0 <= s <= t <= 1.
 
     A one-time curve is any function t [...] -> [..., shape] written in torch (so that dtype, device and gradients
-    follow t), or a tensor of samples [m, shape] at i / (m - 1). K and b are DepthKernels, functions (t, s) -> values,
-    or samples [m, m, shape] whose lower triangle is read. b and vartheta may be None (zero, and no parameters).
+    follow t), or an array of samples [m, shape] at i / (m - 1). K and b are DepthKernels, functions (t, s) -> values,
+    or samples [m, m, shape] whose lower triangle is read. Arrays are tensors, or numpy arrays (taken as float64); for
+    other grids, give a SampledCurve or SampledKernel. b and vartheta may be None (zero, and no parameters).
 
     Source: DNL (7)-(9). The symmetric extension of eq. (8) is `K(t, s)` with any order of arguments.
 
@@ -94,6 +95,8 @@ class ParameterCurves:
     def __post_init__(self) -> None:
         check_count("dim", self.dim)
         d = self.dim
+        for name in NAMES:
+            object.__setattr__(self, name, as_samples(getattr(self, name)))
         for name, samples in (("A", "m, d, d"), ("a", "m, d"), ("K", "m, m, d, d"), ("b", "m, m, d")):
             value = getattr(self, name)
             if isinstance(value, Tensor) and (value.ndim != samples.count(",") + 1 or value.shape[0] < 2):
@@ -105,7 +108,7 @@ class ParameterCurves:
                 grid = torch.linspace(0, 1, value.shape[0], dtype=value.dtype, device=value.device)
                 object.__setattr__(self, name, SampledCurve(grid, value))
             elif value is not None and not callable(value):
-                raise TypeError(f"{name} must be a function of t or a tensor of samples, got {type(value).__name__}")
+                raise TypeError(f"{name} must be a function of t or an array of samples, got {type(value).__name__}")
         for name, shape in (("K", (d, d)), ("b", (d,))):
             value = getattr(self, name)
             if isinstance(value, Tensor):

@@ -93,7 +93,7 @@ class NonLocalOperator:
         positions: n; states have d = n c entries, position-major.
         value: V [c, c]; None for the identity; "curve" to read c * c entries of vartheta as V - I (a curve V(t)).
         backend: None computes densely here, in any dtype; a name of the package's operator backends, or "auto", sends
-            a row-normalised softmax or RBF through `dnl_kernels.nonlocal_attention`.
+            any row-normalised kernel through `dnl_kernels.nonlocal_attention`.
 
     vartheta is read in the order kernel (M, or log h), then value.
 
@@ -125,8 +125,8 @@ class NonLocalOperator:
                 f"normalization {normalization!r} of exp(dot product) grows exponentially and violates (A2)",
                 stacklevel=2,
             )
-        if backend is not None and (normalization != "row" or isinstance(kernel, LocalKernel)):
-            raise ValueError(f"backend={backend!r} needs normalization 'row' and a non-local kernel")
+        if backend is not None and normalization != "row":
+            raise ValueError(f"backend={backend!r} needs normalization 'row'")
 
     def parameter_count(self, dim: int) -> int:
         """The entries of vartheta that a state of size d needs."""
@@ -168,10 +168,10 @@ class NonLocalOperator:
         shape, value = self.unpack(vartheta, y.shape[-1], y)
         u = y.unflatten(-1, (self.positions, self.channels(y.shape[-1])))
         eta = u if value is None else u @ value.transpose(-1, -2)
-        if isinstance(self.kernel, LocalKernel):
-            return eta.flatten(-2)
         if self.backend is not None:
             return self._package(u, eta, shape).flatten(-2)
+        if isinstance(self.kernel, LocalKernel):
+            return eta.flatten(-2)
         return (self.weights(u, shape) @ eta).flatten(-2)
 
     def scores(self, u: Tensor, shape: Tensor | None) -> Tensor:
@@ -198,7 +198,9 @@ class NonLocalOperator:
 
         q, k, v = (z.reshape(-1, 1, *z.shape[-2:]) for z in (u, u, eta))
         backend = None if self.backend == "auto" else self.backend
-        if isinstance(self.kernel, RBFKernel):
+        if isinstance(self.kernel, LocalKernel):
+            out = nonlocal_attention(q, k, v, kernel="local", backend=backend)
+        elif isinstance(self.kernel, RBFKernel):
             out = nonlocal_attention(q, k, v, kernel="gaussian", bandwidth=shape, backend=backend)
         else:
             q = q if shape is None else q @ shape

@@ -79,7 +79,10 @@ class _CurveSource:
         self.curves, self.x, self.layers = curves, x, layers
         self.times = torch.arange(layers + 1, dtype=x.dtype, device=x.device) / layers
         self.bias = None if curves.b is None else curves.b.row_sums(self.times)
-        self.vartheta = None if curves.vartheta is None else curves.vartheta(self.times)
+        self.vartheta = None
+        if curves.vartheta is not None:
+            self.vartheta = curves.vartheta(self.times)
+            check_finite("the curve vartheta", self.vartheta.detach())
         self.chunks: dict[str, tuple[int, Tensor]] = {}
 
     def history(self) -> History:
@@ -114,6 +117,17 @@ class _CurveSource:
     def parameters_at(self, i: int) -> Tensor | None:
         return None if self.vartheta is None else self.vartheta[i]
 
+    def check_finite(self) -> None:
+        """Name the curve that is to blame; asked only once a state is not finite."""
+        with torch.no_grad():
+            for name in ("A", "a", "vartheta"):
+                if (curve := getattr(self.curves, name)) is not None:
+                    check_finite(f"the curve {name}", curve(self.times))
+            for i, t in enumerate(self.times):
+                for name in ("K", "b"):
+                    if (kernel := getattr(self.curves, name)) is not None:
+                        check_finite(f"the curve {name}", kernel.evaluate(t.expand(i + 1), self.times[: i + 1]))
+
 
 class _ParameterSource:
     """The same from stored parameters, which exist at the L left endpoints only."""
@@ -133,6 +147,10 @@ class _ParameterSource:
 
     def parameters_at(self, i: int) -> Tensor | None:
         return self.parameters.vartheta[i] if self.parameters.vartheta.shape[1] else None
+
+    def check_finite(self) -> None:
+        for name, value in self.parameters.items():
+            check_finite(name, value.detach())
 
 
 def forward(
@@ -169,7 +187,7 @@ def forward(
         A Trajectory with states [L + 1, ..., d], differentiable in x and in the parameters.
 
     Raises:
-        ValueError: wrong shapes or names, L < 1, or a state that is not finite.
+        ValueError: wrong shapes or names, L < 1, or a state that is not finite; the curve that caused it is named.
         RuntimeError: the fixed point does not contract (tau / 2 Lip(phi) ||K|| >= 1): more layers are needed.
 
     Source: DNL (1) (reconstructed); trapezoid: section 11 of the specification, beyond the paper.
@@ -193,42 +211,52 @@ def forward(
         source = _CurveSource(parameters, check_count("layers", layers), flat)
     start = phi(source.forcing(0), source.parameters_at(0)) if first == "lifted" else flat
     if isinstance(source, _ParameterSource) or scheme == "euler":
-        states = _euler(source, start, phi)
+        states, guard = _euler(source, start, phi)
     else:
         tolerance = 4 * torch.finfo(x.dtype).eps if tolerance is None else tolerance
-        states = _trapezoid(source, start, phi, scheme == "trapezoid_implicit", tolerance, max_iterations)
+        states, guard = _trapezoid(source, start, phi, scheme == "trapezoid_implicit", tolerance, max_iterations)
     stacked = torch.stack(states)
-    check_finite("states", stacked.detach())
+    # A bounded activation hides an infinite pre-activation: `guard`, the sum of all, does not.
+    if not bool(torch.isfinite(guard) & torch.isfinite(stacked.detach()).all()):
+        source.check_finite()
+        check_finite("states", stacked.detach())
     times = torch.arange(source.layers + 1, dtype=x.dtype, device=x.device) / source.layers
     return Trajectory(times, stacked.reshape(-1, *x.shape), 1 if scheme == "euler" else 3)
 
 
-def _euler(source: _CurveSource | _ParameterSource, x: Tensor, phi: LayerFunction) -> list[Tensor]:
-    history, tau, states = source.history(), 1 / source.layers, [x]
+def _euler(source: _CurveSource | _ParameterSource, x: Tensor, phi: LayerFunction) -> tuple[list[Tensor], Tensor]:
+    history, tau, states, guard = source.history(), 1 / source.layers, [x], x.new_zeros(())
     for i in range(source.layers):
         history.push(x)
         y = source.forcing(i) + tau * (history.total(i) + source.bias_sum(i))
+        guard = guard + y.detach().sum()
         x = phi(y, source.parameters_at(i))
         states.append(x)
-    return states
+    return states, guard
 
 
 def _trapezoid(
     source: _CurveSource, x: Tensor, phi: LayerFunction, implicit: bool, tolerance: float, max_iterations: int
-) -> list[Tensor]:
-    history, tau, states = source.history(), 1 / source.layers, [x]
+) -> tuple[list[Tensor], Tensor]:
+    history, tau, states, guard = source.history(), 1 / source.layers, [x], x.new_zeros(())
     history.push(x / 2)
     for i in range(1, source.layers + 1):
         base = source.forcing(i) + tau * (history.total(i) + source.bias_trapezoid(i))
         end, vartheta = tau / 2 * source.diagonal(i).transpose(0, 1), source.parameters_at(i)
+        guard = guard + base.detach().sum() + end.detach().sum()
         if implicit:
             guess = 2 * x - states[-2] if len(states) > 1 else x
-            x = _fixed_point(partial(_implicit_step, phi, base, end, vartheta), guess, tolerance, max_iterations)
+            step = partial(_implicit_step, phi, base, end, vartheta)
+            try:
+                x = _fixed_point(step, guess, tolerance, max_iterations)
+            except RuntimeError:
+                source.check_finite()
+                raise
         else:
             x = phi(base + x @ end, vartheta)
         states.append(x)
         history.push(x)
-    return states
+    return states, guard
 
 
 def _implicit_step(phi: LayerFunction, base: Tensor, end: Tensor, vartheta: Tensor | None, x: Tensor) -> Tensor:

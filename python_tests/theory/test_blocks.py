@@ -82,6 +82,71 @@ def test_a_block_is_eq_1_and_has_its_regularizer(tau):
     assert only.item() == pytest.approx(theory.regularizer(P, weights={"A": 3.0}, anchor="initial").item(), rel=1e-13)
 
 
+def kron(P, positions):
+    """I_N (x) Theta: the same matrices and biases at every position, position-major."""
+    eye = torch.eye(positions, dtype=torch.float64)
+
+    def spread(value):
+        if value.ndim == 3:
+            blocks = torch.einsum("nm,lab->lnamb", eye, value)
+            return blocks.reshape(len(value), positions * value.shape[1], positions * value.shape[2])
+        return value.repeat(1, positions)
+
+    return theory.DiscreteParameters(spread(P.A), spread(P.a), spread(P.K), spread(P.b), P.vartheta)
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "cpu"])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        (theory.LocalKernel(), {"value": "curve"}),
+        (theory.GaussianKernel(), {}),
+        (theory.EmbeddedGaussianKernel(), {"value": "curve"}),
+        (theory.RBFKernel(), {"value": "curve"}),
+        (theory.RBFKernel(0.6), {}),
+    ],
+)
+def test_as_block_is_eq_1_through_the_package(kernel, options, backend):
+    """Theta of one position, given to `dnl_block`, against the dense recursion on all positions together."""
+    d, positions, layers = 3, 4, 7
+    phi = theory.LayerMap(theory.NonLocalOperator(kernel, positions=positions, **options), "tanh")
+    curves = theory.ParameterCurves.random_smooth(d, 2, vartheta=phi.parameter_count(d * positions))
+    P = theory.sample_pointwise(curves, layers)
+    x = torch.randn(2, positions, d, dtype=torch.float64)
+    expected = theory.forward(kron(P, positions), x.flatten(1), phi).states
+    block = theory.as_block(P, phi, backend=backend)
+    try:
+        states = block(x).unflatten(-1, (layers + 1, d)).movedim(2, 0).flatten(2)
+    except (RuntimeError, ValueError) as error:
+        if backend != "cpu" or "cpu" not in str(error):
+            raise
+        pytest.skip(f"this installation has no CPU kernels: {error}")
+    assert (states - expected).abs().max() < 1e-13
+
+
+def test_a_block_converges_to_the_integral_equation():
+    """The package's own network: order 1 towards the solution that eq. (7) has on all positions together."""
+    d, positions, levels = 2, 3, (16, 32, 64)
+    phi = theory.LayerMap.of("softmax", positions=positions)
+    curves = theory.ParameterCurves.random_smooth(d, 3, vartheta=phi.parameter_count(d * positions))
+    x = torch.randn(1, positions, d, dtype=torch.float64)
+    eye = torch.eye(positions, dtype=torch.float64)
+    whole = theory.ParameterCurves(
+        lambda t: torch.einsum("nm,...ab->...namb", eye, curves.A(t)).reshape(*t.shape, d * positions, d * positions),
+        lambda t: curves.a(t).repeat(*[1] * t.ndim, positions),
+        lambda t, s: torch.einsum("nm,...ab->...namb", eye, curves.K.evaluate(t, s)).flatten(-4, -3).flatten(-2),
+        lambda t, s: curves.b.evaluate(t, s).repeat(*[1] * t.ndim, positions),
+        vartheta=curves.vartheta,
+        dim=d * positions,
+    )
+    limit = theory.solve_integral_equation(whole, x.flatten(1), phi, layers=16, rtol=1e-8).final
+    errors = []
+    for layers in levels:
+        block = theory.as_block(theory.sample_pointwise(curves, layers), phi)
+        errors.append((block(x)[..., -d:].flatten(1) - limit).abs().max().item())
+    assert theory.observed_order(errors, levels)[-1] == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize("tau", ["1/L", 1.0])
 def test_refining_changes_the_states_by_tau(tau):
     """x'^{2j} - x^j = O(tau): order 1 over L for the literal eq. (1)."""
@@ -144,6 +209,41 @@ def test_regularizer_reaches_every_parameter(options):
     assert doubled.item() == pytest.approx(2 * value.item(), rel=1e-14)
 
 
+@pytest.mark.parametrize("options", VARIANTS[:4])
+def test_the_gradient_of_a_blocks_regularizer_is_its_slope(options):
+    """Along a random direction of all parameters, by a central difference."""
+    block = make(**options)
+    parameters = list(block.parameters())
+    gradient = torch.autograd.grad(theory.regularizer(block, 4), parameters)
+    direction = [torch.randn_like(p) for p in parameters]
+    slope = sum((g * v).sum() for g, v in zip(gradient, direction, strict=True)).item()
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, v in zip(parameters, direction, strict=True):
+                p.add_(sign * 1e-5 * v)
+            values.append(theory.regularizer(block, 4).item())
+            for p, v in zip(parameters, direction, strict=True):
+                p.sub_(sign * 1e-5 * v)
+    assert (values[0] - values[1]) / 2e-5 == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_regularizer_of_one_layer_is_its_values(skip):
+    """No neighbour, no difference: tau = 1, so R is the sum of the squares (of the fourth power for K)."""
+    block = make(layers=1, affine="linear", norm=None, preactivation=False, input_skip=skip)
+    layer = block.layers[0]
+    W = layer.affine.weight
+    expected = W.square().sum()
+    if skip:
+        expected = W.norm() ** 4 + layer.skip.weight.square().sum() + layer.skip.bias.square().sum()
+    else:
+        expected = expected + layer.affine.bias.square().sum()
+    value = theory.regularizer(block)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-13)
+    assert torch.autograd.grad(value, W)[0].abs().max() > 0
+
+
 def test_regularizer_of_a_smooth_block_does_not_grow_with_depth():
     """A refined block's R_L stays bounded (Lemma 8), where a rough block of the same size has a far larger one."""
     block, _ = literal(8, theory.ParameterCurves.random_smooth(2, 3))
@@ -174,3 +274,10 @@ def test_what_cannot_be_carried():
         theory.refine(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="2 <= p"):
         theory.regularizer(DNLBlock(3, 4, 2), 1)
+    with pytest.raises(ValueError, match="parameters must have connectivity='dense'"):
+        theory.regularizer(DNLBlock(3, 4, 2, connectivity=2))
+    P = theory.DiscreteParameters.zeros(2, 2)
+    with pytest.raises(ValueError, match="normalization 'row'"):
+        theory.as_block(P, theory.LayerMap(theory.NonLocalOperator(theory.RBFKernel(1.0), "sym", positions=2)))
+    with pytest.raises(ValueError, match="softplus"):
+        theory.as_block(P, theory.LayerMap(None, "softplus"))

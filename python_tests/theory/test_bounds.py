@@ -70,6 +70,85 @@ def test_lipschitz_in_the_parameters(kind, value, seed):
     assert torch.linalg.matrix_norm(jacobian, 2) <= bound * SLACK
 
 
+def matrix(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_constants_are_those_of_the_table():
+    """n = 4, c = 2, ||V|| = 3, ||M|| = 2, h = 1/2, R = 2, written out as numbers."""
+    V, M = matrix([3.0, 0.0], [0.0, -1.0]), matrix([0.0, 2.0], [1.0, 0.0])
+
+    def N(kernel, norm="row", value=V):
+        return NonLocalOperator(kernel, norm, positions=4, value=value)
+
+    rbf, slope = RBFKernel(0.5), 2 / (0.5 * math.sqrt(math.e))
+    growth = {
+        (theory.LocalKernel(), "row"): 3,
+        (GaussianKernel(), "row"): 6,
+        (EmbeddedGaussianKernel(M), "row"): 6,
+        (GaussianKernel(), "sym"): 3,
+        (rbf, "row"): 6,
+        (rbf, "const"): 3,
+        (rbf, "none"): 12,
+        (rbf, "sym"): 3,
+    }
+    for (kernel, norm), constant in growth.items():
+        assert growth_constant(N(kernel, norm), 8) == pytest.approx(constant, rel=1e-14), (kernel, norm)
+    lipschitz = {
+        (theory.LocalKernel(), "row"): 3,
+        (GaussianKernel(), "row"): 3 * (2 + 3 * 4),
+        (EmbeddedGaussianKernel(M), "row"): 3 * (2 + 3 * 2 * 4),
+        (RBFKernel(10.0), "row"): 3 * (2 + 5 * 0.04),
+        (rbf, "row"): 3 * (2 + 21 / math.e),  # the global bound is the smaller one here
+        (rbf, "const"): 3 * (1 + 2 * slope),
+        (rbf, "none"): 12 * (1 + 2 * slope),
+        (rbf, "sym"): 3 * (1 + 15 * slope),
+    }
+    for (kernel, norm), constant in lipschitz.items():
+        assert lipschitz_constant(N(kernel, norm), 8, 2.0) == pytest.approx(constant, rel=1e-14), (kernel, norm)
+    v = torch.tensor([math.log(0.5)], dtype=torch.float64)
+    assert parameter_lipschitz_constant(N(RBFKernel()), 8, 2.0, v) == pytest.approx(3 * 2 * 64 * 2, rel=1e-14)
+    v = M.reshape(-1)
+    assert parameter_lipschitz_constant(N(EmbeddedGaussianKernel()), 8, 2.0, v) == pytest.approx(3 * 4 * 4)
+    free = N(GaussianKernel(), value="curve")
+    assert parameter_lipschitz_constant(free, 8, 2.0, 0 * v) == pytest.approx(2 * 4)
+    both = N(EmbeddedGaussianKernel(), value="curve")
+    assert parameter_lipschitz_constant(both, 8, 2.0, torch.cat([v, 0 * v])) == pytest.approx(math.hypot(16, 8))
+
+
+def test_row_growth_is_attained():
+    """All weight on one position, which all copy: |N(y)| = sqrt(n) |y|, so no smaller constant holds."""
+    y = matrix([1.0, 0.0], *[[0.0, 1e-3]] * 3)
+    N = NonLocalOperator(EmbeddedGaussianKernel(matrix([1e3, 0.0], [1e6, 0.0])), positions=4)
+    ratio = N(y.reshape(-1)).norm() / y.norm()
+    assert ratio > 0.999 * growth_constant(N, 8)
+    assert ratio <= growth_constant(N, 8)
+
+
+def test_corollary_5_and_proposition_3_written_out():
+    """Constant A, a, b and K = 2 t - s, local tanh in one dimension: every piece by hand."""
+    one = torch.ones_like
+    curves = ParameterCurves(
+        lambda t: 0.5 * one(t)[..., None, None],
+        lambda t: (0.25 + 0.1 * t)[..., None],
+        lambda t, s: (2 * t - s)[..., None, None] / 8,
+        lambda t, s: 0.125 * one(t)[..., None],
+        dim=1,
+    )
+    x, phi = torch.tensor([2.0], dtype=torch.float64), LayerMap()
+    F, k = 0.5 * 2 + 0.35 + 0.125, 0.25
+    bound = theory.trajectory_bound(curves, x, phi)
+    assert (bound.F, bound.k, bound.sup) == pytest.approx((F, k, F * math.exp(k)), rel=1e-13)
+    found = theory.convergence_constant(curves, x, phi, sup_state=2.0)
+    L_K, X = 0.25, 2.0
+    L_x = 0.1 + k * X + 0.125 + L_K * X
+    C1 = 0.1 + 2 * L_K * X + k * L_x
+    gap = 2 - math.tanh(0.5 * 2 + 0.25)
+    assert found.trajectory_lipschitz == pytest.approx(L_x, rel=1e-12)
+    assert found.start_gap == pytest.approx(gap, rel=1e-12)
+    assert pytest.approx((C1 + k * gap) * math.exp(k), rel=1e-12) == found.C
+
+
 def test_normalised_rbf_is_globally_lipschitz_and_dot_products_are_not():
     """n = 2, c = 1: the Jacobian of the dot-product kernel grows like R^2 / 4, that of RBF stays below its bound."""
     rbf, dot = NonLocalOperator(RBFKernel(1.0), positions=2), NonLocalOperator(GaussianKernel(), positions=2)

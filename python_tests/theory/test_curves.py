@@ -67,6 +67,36 @@ def test_arrays_are_curves():
     assert torch.allclose(curves.A(t)[:, 0, 0], 1 + t)
     assert torch.allclose(curves.K(t, s)[:, 0, 1], t + 2 * s)  # bilinear data away from the diagonal: exact
     assert torch.equal(curves.K(s, t), curves.K(t, s))  # symmetric extension, eq. (8)
+    same = theory.ParameterCurves(A.numpy(), a.float().numpy(), K.numpy(), dim=2)
+    assert torch.equal(same.A(t), curves.A(t))
+    assert torch.equal(same.K(t, s), curves.K(t, s))
+
+
+def test_a_curve_that_is_not_finite_is_named_by_the_solvers():
+    """A pole between the points that are probed at construction: found, and named, at whatever grid meets it."""
+    ones = torch.ones(1, 1, dtype=torch.float64)
+    fine = {
+        "A": lambda t: t[..., None, None] * ones,
+        "a": lambda t: t[..., None],
+        "K": lambda t, s: (t - s)[..., None, None] * ones,
+        "b": lambda t, s: (t * s)[..., None],
+        "vartheta": lambda t: t[..., None],
+    }
+    phi = lambda y, v: torch.tanh(y if v is None else y + v)  # noqa: E731
+    for name, curve in fine.items():
+
+        def pole(*points, curve=curve):
+            gap = (points[-1] - 0.3125).reshape(*points[-1].shape, *[1] * (curve(*points).ndim - points[-1].ndim))
+            return curve(*points) / gap.abs()
+
+        curves = theory.ParameterCurves(**{**fine, name: pole}, dim=1)
+        x = torch.ones(1, dtype=torch.float64)
+        for scheme in ("euler", "trapezoid", "trapezoid_implicit"):
+            with pytest.raises(ValueError, match=f"the curve {name} must be finite"):
+                theory.forward(curves, x, phi, layers=16, scheme=scheme)
+        with pytest.raises(ValueError, match=f"the curve {name} must be finite"):
+            theory.sample_pointwise(curves, 16)
+        assert torch.isfinite(theory.forward(curves, x, phi, layers=10).states).all()
 
 
 def test_lipschitz_constants_of_known_curves():

@@ -147,7 +147,7 @@ def test_aggregate_first_equals_transform_first():
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "cpu"])
-@pytest.mark.parametrize("kernel", [GaussianKernel(), EmbeddedGaussianKernel(), RBFKernel()])
+@pytest.mark.parametrize("kernel", [LocalKernel(), GaussianKernel(), EmbeddedGaussianKernel(), RBFKernel()])
 def test_the_package_operator_is_the_same_map(kernel, backend):
     """Values and gradients through `nonlocal_attention`, one state or a batch."""
     options = {"positions": 5, "value": "curve"}
