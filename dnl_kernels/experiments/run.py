@@ -110,9 +110,7 @@ class Run:
         if found is not None:
             state = tensors(parallel, optimizer)
             checkpoint.load(found.path, state, ranks)
-            set_state_dict(
-                parallel, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-            )
+            set_state_dict(parallel, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
             history = found.facts["history"]
         call: Any = torch.compile(parallel) if config.compile else parallel
 
