@@ -54,7 +54,8 @@ class Ranks(NamedTuple):
         mesh = init_device_mesh(self.device.type, (self.size,))
         for block in blocks(model):
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)  # in place
+        return model
 
     @contextlib.contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:

@@ -102,7 +102,7 @@ class Run:
         network = model.build(config, self.depth, self.data).to(ranks.device)
         fixed = {"depth": self.depth, "repeat": self.repeat, "parameters": sum(p.numel() for p in network.parameters())}
         if config.channels_last:
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network = network.to(memory_format=torch.channels_last)
         parallel = ranks.wrap(network, config.parallel)
         optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=config.momentum)
         found = ranks.from_main(restore(config, self.folder, self.watch) if ranks.main else None)
@@ -110,9 +110,7 @@ class Run:
         if found is not None:
             state = tensors(parallel, optimizer)
             checkpoint.load(found.path, state, ranks)
-            set_state_dict(
-                parallel, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-            )
+            set_state_dict(parallel, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
             history = found.facts["history"]
         call: Any = torch.compile(parallel) if config.compile else parallel
 

@@ -79,7 +79,7 @@ def test_killed_wherever_it_touches_a_file(run, assert_same, tmp_path):
     assert_same(tmp_path / "out")
 
 
-@pytest.mark.parametrize("first", (2, 15, 27))
+@pytest.mark.parametrize("first", (15,))
 def test_one_kill_at_a_file_event(run, assert_same, tmp_path, first):
     process = run(tmp_path / "out", kill_at=first)
     process.join()
@@ -97,7 +97,7 @@ def wait_for(path, process):
 
 def test_killed_at_random_moments(run, assert_same, tmp_path):
     moments, out = random.Random(torch.initial_seed()), tmp_path / "out"
-    for _ in range(6):
+    for _ in range(3):
         process = run(out)
         wait_for(out / metrics.NAME, process)
         process.join(moments.uniform(0, 0.5))
