@@ -108,8 +108,8 @@ def _seen_keys(MASK, b, j, M):
 
 @triton.jit
 def _reread(x, inside, TENSOR_CORES: tl.constexpr):
-    """x, in a loop whose body is `inside`. Without tensor cores, a thread needs whole rows of a product's operands; this
-    keeps them in shared memory, where they would be moved out of the loop into (spilled) registers otherwise."""
+    """x, in a loop whose body is `inside`. Without tensor cores a thread needs whole rows of a product's operands, which
+    the compiler would move out of the loop into registers, and spill; this keeps them in shared memory."""
     if not TENSOR_CORES:
         x = tl.where(inside, x, 0.0)
     return x
@@ -179,9 +179,7 @@ def _fold_keys(
         else:
             w = tl.exp2(s)
         v = _load(V, v_strides, j, seen, E, BLOCK_E)
-        out = _add_product(
-            out, w, v, allowed, V, v_strides, j, seen, E, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED
-        )
+        out = _add_product(out, w, v, allowed, V, v_strides, j, seen, E, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED)
     return out, total, top
 
 
@@ -190,7 +188,8 @@ def nonlocal_fwd_kernel(
     Q, K, V, BANDWIDTH, CENTRE, MASK, OUT, SHIFT, SUM, q_strides, k_strides, v_strides, out_strides, heads, N, M, scale,
     D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, WORK: tl.constexpr, WORK_PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    TENSOR_CORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    TENSOR_CORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries: output, and the rows' shift and sum."""
     tiles = tl.cdiv(N, BLOCK_M)
@@ -198,7 +197,8 @@ def nonlocal_fwd_kernel(
     if CAUSAL:
         tile = tiles - 1 - tile  # the longest first
     b, h = bh // heads, bh % heads
-    Q, K, V, OUT = _at(Q, q_strides, b, h), _at(K, k_strides, b, h), _at(V, v_strides, b, h), _at(OUT, out_strides, b, h)
+    Q, K, V = _at(Q, q_strides, b, h), _at(K, k_strides, b, h), _at(V, v_strides, b, h)
+    OUT = _at(OUT, out_strides, b, h)
     i = _positions(tile * BLOCK_M, BLOCK_M, WIDE)
     i_exists = i < N
     factor = _factor(BANDWIDTH, h, scale, KIND)
@@ -214,12 +214,14 @@ def nonlocal_fwd_kernel(
         full = (tl.minimum(M, tile * BLOCK_M + 1) if CAUSAL else M) // BLOCK_N * BLOCK_N
         out, total, top = _fold_keys(
             out, total, top, q, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, CENTRE, MASK, q_strides, k_strides,
-            v_strides, D, E, KIND, NORMALIZE, CAUSAL, False, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E,
+            v_strides, D, E, KIND, NORMALIZE, CAUSAL, False, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N,
+            BLOCK_D, BLOCK_E,
             WIDE,
         )  # fmt: skip
     out, total, top = _fold_keys(
         out, total, top, q, i, i_exists, factor, full, last, M, b, bh, Q, K, V, CENTRE, MASK, q_strides, k_strides,
-        v_strides, D, E, KIND, NORMALIZE, CAUSAL, True, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
+        v_strides, D, E, KIND, NORMALIZE, CAUSAL, True, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N,
+        BLOCK_D, BLOCK_E, WIDE,
     )  # fmt: skip
     if NORMALIZE:
         alone = total == 0.0  # sees no key
@@ -318,12 +320,14 @@ def nonlocal_bwd_query_kernel(
         full = (tl.minimum(M, tile * BLOCK_M + 1) if CAUSAL else M) // BLOCK_N * BLOCK_N
         dq, row_sum, moment = _pull_keys(
             dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, CENTRE, MASK,
-            q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N,
+            q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION, WORK, WORK_PRECISION,
+            TENSOR_CORES, BLOCK_N,
             BLOCK_D, BLOCK_E, WIDE,
         )  # fmt: skip
     dq, row_sum, moment = _pull_keys(
         dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, full, last, M, b, bh, Q, K, V, CENTRE, MASK,
-        q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N,
+        q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK, WORK_PRECISION,
+        TENSOR_CORES, BLOCK_N,
         BLOCK_D, BLOCK_E, WIDE,
     )  # fmt: skip
     if KIND == "distance":
@@ -387,7 +391,8 @@ def nonlocal_bwd_key_kernel(
     tiles = tl.cdiv(M, BLOCK_N)
     bh, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = bh // heads, bh % heads
-    Q, K, V, DOUT = _at(Q, q_strides, b, h), _at(K, k_strides, b, h), _at(V, v_strides, b, h), _at(DOUT, dout_strides, b, h)
+    Q, K, V = _at(Q, q_strides, b, h), _at(K, k_strides, b, h), _at(V, v_strides, b, h)
+    DOUT = _at(DOUT, dout_strides, b, h)
     j = _positions(tile * BLOCK_N, BLOCK_N, WIDE)
     j_exists = j < M
     seen = _seen_keys(MASK, b, j, M)
@@ -434,9 +439,8 @@ class Config(NamedTuple):
 
 
 HALF, FULL = 2, 4  # bytes of an element
-# (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report, docs/gpu/triton-compile.md: the
-# largest ones without a spill, within 99 KiB of shared memory and with 8 warps per multiprocessor or more, in every
-# variant. Without tensor cores a product's operands fill the registers, so float32 tiles are smaller.
+# (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report, docs/gpu/triton-compile.md:
+# large ones without a spill, within 99 KiB of shared memory, 8 warps per multiprocessor or more. Without tensor cores a product's operands fill the registers, so float32 tiles are smaller.
 TILES = {
     ("forward", HALF): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
     ("forward", FULL): {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
@@ -514,7 +518,8 @@ def _prepare(query, key, value, bandwidth, key_mask, scale, normalize, causal, c
     work = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[query.dtype]
     constants = {
         "heads": query.shape[1], "N": query.shape[position], "M": key.shape[position],
-        "scale": LOG2E.value * (scale if bandwidth is None else 1.0), "D": D, "E": E, "KIND": kind, "NORMALIZE": normalize,
+        "scale": LOG2E.value * (scale if bandwidth is None else 1.0), "D": D, "E": E, "KIND": kind,
+        "NORMALIZE": normalize,
         "CAUSAL": causal, "PRECISION": precision, "WORK": tl.float32 if ranged else work,
         "WORK_PRECISION": "tf32" if ranged else precision,
         "TENSOR_CORES": query.dtype != torch.float32 or precision == "tf32",
@@ -541,7 +546,14 @@ def nonlocal_attention_fwd(
     chosen, tiles = call.tiles("forward", query)
     with torch.cuda.device_of(query):
         nonlocal_fwd_kernel[(B * h * triton.cdiv(N, chosen.queries),)](
-            *call.tensors, out, shift, total, *call.strides, _strides(out, channels_first), **call.constants, **tiles,
+            *call.tensors,
+            out,
+            shift,
+            total,
+            *call.strides,
+            _strides(out, channels_first),
+            **call.constants,
+            **tiles,
         )
     return out, shift, total
 
