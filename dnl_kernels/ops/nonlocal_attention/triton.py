@@ -108,8 +108,8 @@ def _seen_keys(MASK, b, j, M):
 
 @triton.jit
 def _reread(x, inside, TENSOR_CORES: tl.constexpr):
-    """x, in a loop whose body is `inside`. Without tensor cores a thread needs whole rows of a product's operands, which
-    the compiler would move out of the loop into registers, and spill; this keeps them in shared memory."""
+    """x, in a loop whose body is `inside`. Without tensor cores a thread needs whole rows of a product's operands. The
+    compiler would move them out of the loop into registers, and spill; this keeps them in shared memory."""
     if not TENSOR_CORES:
         x = tl.where(inside, x, 0.0)
     return x
@@ -117,26 +117,16 @@ def _reread(x, inside, TENSOR_CORES: tl.constexpr):
 
 @triton.jit
 def _add_product(
-    sum, w, x, allowed, X, strides, position, exists, FEATURES: tl.constexpr, WORK: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
+    sum, w, x, allowed, WORK: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
     """sum + w x, w being zero where not allowed. Where causality cuts through a tile, a NaN or infinity of x must not
-    reach a row that does not see it, as it would in a matrix product: 0 * NaN. Those few are added one by one."""
+    reach a row that does not see it, as it would in a matrix product: 0 * NaN. The rows that see it become NaN."""
     if CAUSAL:
         finite = tl.abs(x.to(tl.float32)) < INFINITY
         sum = tl.dot(w.to(WORK), tl.where(finite, x, 0.0).to(WORK), sum, input_precision=PRECISION)
         if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
-            column = tl.arange(0, w.shape[1])
-            feature = tl.arange(0, x.shape[1]).to(position.dtype)
-            for c in range(w.shape[1]):
-                here = column == c
-                weight = tl.sum(tl.where(here[None, :], w, 0.0), 1)
-                sees = tl.max((here[None, :] & allowed).to(tl.int32), 1) != 0
-                at = tl.sum(tl.where(here, position, 0), 0)
-                there = (tl.max((here & exists).to(tl.int32), 0) != 0) & (feature < FEATURES)
-                row = tl.load(X + (at * strides[2] + feature * strides[3]), mask=there, other=0.0).to(tl.float32)
-                bad = (tl.abs(row) < INFINITY) == 0
-                sum += tl.where(sees[:, None] & bad[None, :], weight[:, None] * row[None, :], 0.0)
+            seen = tl.dot(allowed.to(WORK), tl.where(finite, 0.0, 1.0).to(WORK), input_precision=PRECISION)
+            sum += tl.where(seen > 0.0, float("nan"), 0.0)
     else:
         sum = tl.dot(w.to(WORK), x.to(WORK), sum, input_precision=PRECISION)
     return sum
@@ -276,9 +266,7 @@ def _pull_keys(
             moment += tl.sum(tl.where(allowed, product, 0.0) if MASKED else product, 1)
         if KIND == "distance":
             row_sum += tl.sum(delta, 1)
-        dq = _add_product(
-            dq, delta, k, allowed, K, k_strides, j, seen, D, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED
-        )
+        dq = _add_product(dq, delta, k, allowed, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED)
     return dq, row_sum, moment
 
 
@@ -440,7 +428,8 @@ class Config(NamedTuple):
 
 HALF, FULL = 2, 4  # bytes of an element
 # (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report, docs/gpu/triton-compile.md:
-# large ones without a spill, within 99 KiB of shared memory, 8 warps per multiprocessor or more. Without tensor cores a product's operands fill the registers, so float32 tiles are smaller.
+# large ones without a spill, within 99 KiB of shared memory, 8 warps per multiprocessor or more. Without
+# tensor cores a product's operands fill the registers, so float32 tiles are smaller.
 TILES = {
     ("forward", HALF): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
     ("forward", FULL): {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
@@ -454,10 +443,16 @@ LARGE_SHARED = {80, 90, 100}
 TILES_LARGE_SHARED = {("query", HALF): {256: Config(64, 32, 8, 1)}}
 
 
-def config(kernel: str, element: int, width: int) -> Config:
+def config(kernel: str, element: int, width: int, plain: bool = True) -> Config:
+    """plain: softmax without masks. Anything more needs registers: tiles that the loop takes are half as long then."""
     table = TILES_LARGE_SHARED.get((kernel, element), {}) if architecture() in LARGE_SHARED else {}
     table = {**TILES[kernel, element], **table}
-    return table[next(most for most in sorted(table) if width <= most)]
+    found = table[next(most for most in sorted(table) if width <= most)]
+    if plain:
+        return found
+    if kernel == "key":
+        return found._replace(queries=max(found.queries // 2, 16))
+    return found._replace(keys=max(found.keys // 2, 16))
 
 
 class _Call(NamedTuple):
@@ -469,7 +464,9 @@ class _Call(NamedTuple):
     width: int
 
     def tiles(self, kernel: str, query: Tensor) -> tuple[Config, dict]:
-        chosen = config(kernel, query.element_size(), self.width)
+        facts = self.constants
+        plain = facts["KIND"] == "softmax" and not facts["CAUSAL"] and self.tensors[-1] is None
+        chosen = config(kernel, query.element_size(), self.width, plain)
         return chosen, {
             "BLOCK_M": chosen.queries, "BLOCK_N": chosen.keys, "num_warps": chosen.warps, "num_stages": chosen.stages
         }  # fmt: skip
