@@ -169,7 +169,7 @@ def _fold_keys(
         else:
             w = tl.exp2(s)
         v = _load(V, v_strides, j, seen, E, BLOCK_E)
-        out = _add_product(out, w, v, allowed, V, v_strides, j, seen, E, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED)
+        out = _add_product(out, w, v, allowed, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED)
     return out, total, top
 
 
