@@ -88,7 +88,44 @@ def dense_sum_rows() -> Iterator[Row]:
             yield measure("dense_sum", case, "backward", dtype, backward, 13 * size + 2 * nbytes(weight), 1.10)
 
 
-CASES: dict[str, Callable[[], Iterator[Row]]] = {"dense_sum": dense_sum_rows}
+def nonlocal_attention_rows() -> Iterator[Row]:
+    """Forward: queries and the output once, the rows' shift and sum, keys and values once per tile of queries."""
+    from ..ops.nonlocal_attention import triton as kernels
+
+    B, N = 1, 256
+    for case, D, dtype, channels_first in (
+        ("softmax D64", 64, torch.bfloat16, False),
+        ("softmax D64", 64, torch.float32, False),
+        ("channels-first D128", 128, torch.bfloat16, True),
+        ("softmax D256", 256, torch.bfloat16, False),
+    ):
+        x = torch.zeros((B, 1, D, N) if channels_first else (B, 1, N, D), dtype=dtype)
+        static = (1.0, True, False, channels_first)
+        rows = torch.zeros(B, 1, N)
+        size, row = nbytes(x), nbytes(rows)
+        tiles = [kernels.config(name, dtype.itemsize, D) for name in ("forward", "query", "key")]
+        passes = [-(-N // n) for n in (tiles[0].queries, tiles[1].queries, tiles[2].keys)]
+
+        def forward(x=x, static=static):
+            kernels.nonlocal_attention_fwd(x, x.clone(), x.clone(), None, None, *static)
+
+        def backward(x=x, rows=rows, static=static):
+            kernels.nonlocal_attention_bwd(x, x, x, x, None, None, x, rows, rows + 1, *static, False)
+
+        flash = 2 * size + 2 * row + passes[0] * 2 * size
+        yield measure("nonlocal_attention", case, "forward", dtype, forward, flash, 1.05, "flash formula of the tiles")
+        # By query: q, dout, out, dq, shift, sum, drift once, k and v per tile; by key: k, v, dk, dv once, q, dout, and
+        # three numbers per row for each tile.
+        flash = 4 * size + 3 * row + passes[1] * 2 * size + 4 * size + passes[2] * (2 * size + 3 * row)
+        yield measure(
+            "nonlocal_attention", case, "backward", dtype, backward, flash, 1.05, "flash formula of the tiles"
+        )
+
+
+CASES: dict[str, Callable[[], Iterator[Row]]] = {
+    "dense_sum": dense_sum_rows,
+    "nonlocal_attention": nonlocal_attention_rows,
+}
 COLUMNS = ("operator", "case", "dtype", "direction", "launches", "requested", "least", "ratio", "bar", "least is")
 
 

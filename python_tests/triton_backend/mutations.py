@@ -39,6 +39,52 @@ MUTATIONS: dict[str, list[Mutation]] = {
         Mutation("scale", "dx = dy * _weight_tile(WEIGHT, j, count", "dx = dy * _weight_tile(WEIGHT, 0, count"),
         Mutation("sum", "y += x.to(tl.float32) * ", "y = x.to(tl.float32) * "),
     ],
+    "nonlocal_attention": [
+        Mutation(
+            "mask", "s = tl.where(allowed, s, -INFINITY)", "s = tl.where(seen[None, :], s, -INFINITY)", "tiles and odd"
+        ),
+        Mutation("mask", "    seen = j < M\n", "    seen = j <= M\n", "float64 and softmax-odd"),
+        Mutation(
+            "mask",
+            "w = tl.where(allowed, w, 0.0)\n        dout",
+            "w = tl.where(j[:, None] >= 0, w, 0.0)\n        dout",
+            "tiles and odd",
+        ),
+        Mutation(
+            "offset",
+            "position = first + tl.arange(0, BLOCK)",
+            "position = first + tl.arange(0, BLOCK) // 2 * 2",
+            "float64 and softmax-odd",
+        ),
+        Mutation(
+            "offset",
+            "return (b, h, y, x) if channels_first",
+            "return (b, h, x, y) if channels_first",
+            "float64 and softmax-channels",
+        ),
+        Mutation("offset", "return position.to(tl.int64) if WIDE else position", "return position", "32_bits"),
+        Mutation(
+            "scale",
+            "total = total * decay + tl.sum(w, 1)",
+            "total = total + tl.sum(w, 1)",
+            "float64 and softmax-several",
+        ),
+        Mutation(
+            "scale",
+            "dq *= (inverse * (factor / LOG2E))[:, None]",
+            "dq *= (inverse * factor)[:, None]",
+            "float64 and softmax-odd",
+        ),
+        Mutation(
+            "scale",
+            "tl.sum(wide * wide, 1) * (-0.5 * factor)",
+            "tl.sum(wide * wide, 1) * (-1.0 * factor)",
+            "float64 and gaussian-odd",
+        ),
+        Mutation(
+            "sum", "dk -= k.to(tl.float32) * column[:, None]", "dk -= k.to(tl.float32)", "float64 and gaussian-odd"
+        ),
+    ],
 }
 
 

@@ -108,8 +108,8 @@ def _seen_keys(MASK, b, j, M):
 
 @triton.jit
 def _reread(x, inside, TENSOR_CORES: tl.constexpr):
-    """x, in a loop whose body is `inside`. Without tensor cores, a thread needs whole rows of a product's operands; this
-    keeps them in shared memory, where they would be moved out of the loop into (spilled) registers otherwise."""
+    """x, in a loop whose body is `inside`. Without tensor cores a thread needs whole rows of a product's operands. The
+    compiler would move them out of the loop into registers, and spill; this keeps them in shared memory."""
     if not TENSOR_CORES:
         x = tl.where(inside, x, 0.0)
     return x
@@ -117,26 +117,16 @@ def _reread(x, inside, TENSOR_CORES: tl.constexpr):
 
 @triton.jit
 def _add_product(
-    sum, w, x, allowed, X, strides, position, exists, FEATURES: tl.constexpr, WORK: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr,
+    sum, w, x, allowed, WORK: tl.constexpr, PRECISION: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
     """sum + w x, w being zero where not allowed. Where causality cuts through a tile, a NaN or infinity of x must not
-    reach a row that does not see it, as it would in a matrix product: 0 * NaN. Those few are added one by one."""
+    reach a row that does not see it, as it would in a matrix product: 0 * NaN. The rows that see it become NaN."""
     if CAUSAL:
         finite = tl.abs(x.to(tl.float32)) < INFINITY
         sum = tl.dot(w.to(WORK), tl.where(finite, x, 0.0).to(WORK), sum, input_precision=PRECISION)
         if tl.min(tl.min(finite.to(tl.int32), 1), 0) == 0:
-            column = tl.arange(0, w.shape[1])
-            feature = tl.arange(0, x.shape[1]).to(position.dtype)
-            for c in range(w.shape[1]):
-                here = column == c
-                weight = tl.sum(tl.where(here[None, :], w, 0.0), 1)
-                sees = tl.max((here[None, :] & allowed).to(tl.int32), 1) != 0
-                at = tl.sum(tl.where(here, position, 0), 0)
-                there = (tl.max((here & exists).to(tl.int32), 0) != 0) & (feature < FEATURES)
-                row = tl.load(X + (at * strides[2] + feature * strides[3]), mask=there, other=0.0).to(tl.float32)
-                bad = (tl.abs(row) < INFINITY) == 0
-                sum += tl.where(sees[:, None] & bad[None, :], weight[:, None] * row[None, :], 0.0)
+            seen = tl.dot(allowed.to(WORK), tl.where(finite, 0.0, 1.0).to(WORK), input_precision=PRECISION)
+            sum += tl.where(seen > 0.0, float("nan"), 0.0)
     else:
         sum = tl.dot(w.to(WORK), x.to(WORK), sum, input_precision=PRECISION)
     return sum
@@ -179,9 +169,7 @@ def _fold_keys(
         else:
             w = tl.exp2(s)
         v = _load(V, v_strides, j, seen, E, BLOCK_E)
-        out = _add_product(
-            out, w, v, allowed, V, v_strides, j, seen, E, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED
-        )
+        out = _add_product(out, w, v, allowed, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED)
     return out, total, top
 
 
@@ -190,7 +178,8 @@ def nonlocal_fwd_kernel(
     Q, K, V, BANDWIDTH, CENTRE, MASK, OUT, SHIFT, SUM, q_strides, k_strides, v_strides, out_strides, heads, N, M, scale,
     D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, WORK: tl.constexpr, WORK_PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    TENSOR_CORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    TENSOR_CORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries: output, and the rows' shift and sum."""
     tiles = tl.cdiv(N, BLOCK_M)
@@ -198,7 +187,8 @@ def nonlocal_fwd_kernel(
     if CAUSAL:
         tile = tiles - 1 - tile  # the longest first
     b, h = bh // heads, bh % heads
-    Q, K, V, OUT = _at(Q, q_strides, b, h), _at(K, k_strides, b, h), _at(V, v_strides, b, h), _at(OUT, out_strides, b, h)
+    Q, K, V = _at(Q, q_strides, b, h), _at(K, k_strides, b, h), _at(V, v_strides, b, h)
+    OUT = _at(OUT, out_strides, b, h)
     i = _positions(tile * BLOCK_M, BLOCK_M, WIDE)
     i_exists = i < N
     factor = _factor(BANDWIDTH, h, scale, KIND)
@@ -214,12 +204,14 @@ def nonlocal_fwd_kernel(
         full = (tl.minimum(M, tile * BLOCK_M + 1) if CAUSAL else M) // BLOCK_N * BLOCK_N
         out, total, top = _fold_keys(
             out, total, top, q, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, CENTRE, MASK, q_strides, k_strides,
-            v_strides, D, E, KIND, NORMALIZE, CAUSAL, False, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E,
+            v_strides, D, E, KIND, NORMALIZE, CAUSAL, False, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N,
+            BLOCK_D, BLOCK_E,
             WIDE,
         )  # fmt: skip
     out, total, top = _fold_keys(
         out, total, top, q, i, i_exists, factor, full, last, M, b, bh, Q, K, V, CENTRE, MASK, q_strides, k_strides,
-        v_strides, D, E, KIND, NORMALIZE, CAUSAL, True, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
+        v_strides, D, E, KIND, NORMALIZE, CAUSAL, True, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N,
+        BLOCK_D, BLOCK_E, WIDE,
     )  # fmt: skip
     if NORMALIZE:
         alone = total == 0.0  # sees no key
@@ -274,9 +266,7 @@ def _pull_keys(
             moment += tl.sum(tl.where(allowed, product, 0.0) if MASKED else product, 1)
         if KIND == "distance":
             row_sum += tl.sum(delta, 1)
-        dq = _add_product(
-            dq, delta, k, allowed, K, k_strides, j, seen, D, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED
-        )
+        dq = _add_product(dq, delta, k, allowed, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED)
     return dq, row_sum, moment
 
 
@@ -318,12 +308,14 @@ def nonlocal_bwd_query_kernel(
         full = (tl.minimum(M, tile * BLOCK_M + 1) if CAUSAL else M) // BLOCK_N * BLOCK_N
         dq, row_sum, moment = _pull_keys(
             dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, CENTRE, MASK,
-            q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N,
+            q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION, WORK, WORK_PRECISION,
+            TENSOR_CORES, BLOCK_N,
             BLOCK_D, BLOCK_E, WIDE,
         )  # fmt: skip
     dq, row_sum, moment = _pull_keys(
         dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, full, last, M, b, bh, Q, K, V, CENTRE, MASK,
-        q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N,
+        q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK, WORK_PRECISION,
+        TENSOR_CORES, BLOCK_N,
         BLOCK_D, BLOCK_E, WIDE,
     )  # fmt: skip
     if KIND == "distance":
@@ -387,7 +379,8 @@ def nonlocal_bwd_key_kernel(
     tiles = tl.cdiv(M, BLOCK_N)
     bh, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = bh // heads, bh % heads
-    Q, K, V, DOUT = _at(Q, q_strides, b, h), _at(K, k_strides, b, h), _at(V, v_strides, b, h), _at(DOUT, dout_strides, b, h)
+    Q, K, V = _at(Q, q_strides, b, h), _at(K, k_strides, b, h), _at(V, v_strides, b, h)
+    DOUT = _at(DOUT, dout_strides, b, h)
     j = _positions(tile * BLOCK_N, BLOCK_N, WIDE)
     j_exists = j < M
     seen = _seen_keys(MASK, b, j, M)
@@ -434,9 +427,9 @@ class Config(NamedTuple):
 
 
 HALF, FULL = 2, 4  # bytes of an element
-# (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report, docs/gpu/triton-compile.md: the
-# largest ones without a spill, within 99 KiB of shared memory and with 8 warps per multiprocessor or more, in every
-# variant. Without tensor cores a product's operands fill the registers, so float32 tiles are smaller.
+# (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report, docs/gpu/triton-compile.md:
+# large ones without a spill, within 99 KiB of shared memory, 8 warps per multiprocessor or more. Without
+# tensor cores a product's operands fill the registers, so float32 tiles are smaller.
 TILES = {
     ("forward", HALF): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
     ("forward", FULL): {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
@@ -450,10 +443,16 @@ LARGE_SHARED = {80, 90, 100}
 TILES_LARGE_SHARED = {("query", HALF): {256: Config(64, 32, 8, 1)}}
 
 
-def config(kernel: str, element: int, width: int) -> Config:
+def config(kernel: str, element: int, width: int, plain: bool = True) -> Config:
+    """plain: softmax without masks. Anything more needs registers: tiles that the loop takes are half as long then."""
     table = TILES_LARGE_SHARED.get((kernel, element), {}) if architecture() in LARGE_SHARED else {}
     table = {**TILES[kernel, element], **table}
-    return table[next(most for most in sorted(table) if width <= most)]
+    found = table[next(most for most in sorted(table) if width <= most)]
+    if plain:
+        return found
+    if kernel == "key":
+        return found._replace(queries=max(found.queries // 2, 16))
+    return found._replace(keys=max(found.keys // 2, 16))
 
 
 class _Call(NamedTuple):
@@ -465,7 +464,9 @@ class _Call(NamedTuple):
     width: int
 
     def tiles(self, kernel: str, query: Tensor) -> tuple[Config, dict]:
-        chosen = config(kernel, query.element_size(), self.width)
+        facts = self.constants
+        plain = facts["KIND"] == "softmax" and not facts["CAUSAL"] and self.tensors[-1] is None
+        chosen = config(kernel, query.element_size(), self.width, plain)
         return chosen, {
             "BLOCK_M": chosen.queries, "BLOCK_N": chosen.keys, "num_warps": chosen.warps, "num_stages": chosen.stages
         }  # fmt: skip
@@ -514,7 +515,8 @@ def _prepare(query, key, value, bandwidth, key_mask, scale, normalize, causal, c
     work = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[query.dtype]
     constants = {
         "heads": query.shape[1], "N": query.shape[position], "M": key.shape[position],
-        "scale": LOG2E.value * (scale if bandwidth is None else 1.0), "D": D, "E": E, "KIND": kind, "NORMALIZE": normalize,
+        "scale": LOG2E.value * (scale if bandwidth is None else 1.0), "D": D, "E": E, "KIND": kind,
+        "NORMALIZE": normalize,
         "CAUSAL": causal, "PRECISION": precision, "WORK": tl.float32 if ranged else work,
         "WORK_PRECISION": "tf32" if ranged else precision,
         "TENSOR_CORES": query.dtype != torch.float32 or precision == "tf32",
@@ -541,7 +543,14 @@ def nonlocal_attention_fwd(
     chosen, tiles = call.tiles("forward", query)
     with torch.cuda.device_of(query):
         nonlocal_fwd_kernel[(B * h * triton.cdiv(N, chosen.queries),)](
-            *call.tensors, out, shift, total, *call.strides, _strides(out, channels_first), **call.constants, **tiles,
+            *call.tensors,
+            out,
+            shift,
+            total,
+            *call.strides,
+            _strides(out, channels_first),
+            **call.constants,
+            **tiles,
         )
     return out, shift, total
 
