@@ -23,8 +23,8 @@ ROUNDS = int(os.environ.get("DNL_BENCH_ROUNDS", "5"))
 
 
 class PlainBlock(nn.Module):
-    """BN-ReLU-1x1 of the concatenation, then attention over all pixels by SDPA. contiguous: queries, keys and values are
-    copied to contiguous tokens, which SDPA's fast path wants; the views as users write them fall back to N x N."""
+    """BN-ReLU-1x1 of the concatenation, then attention over all pixels by SDPA. contiguous: queries, keys and values
+    are copied to contiguous tokens, which SDPA's fast path wants; views as users write them fall back to N x N."""
 
     def __init__(self, channels: int, layers: int, growth: int, contiguous: bool):
         super().__init__()
@@ -37,9 +37,7 @@ class PlainBlock(nn.Module):
 
     def forward(self, x):
         states = [x]
-        for norm, affine, project, output in zip(
-            self.norms, self.affines, self.projections, self.outputs, strict=True
-        ):
+        for norm, affine, project, output in zip(self.norms, self.affines, self.projections, self.outputs, strict=True):
             y = affine(torch.relu(norm(torch.cat(states, 1))))
             tokens = [t.mT[:, None] for t in project(y).flatten(2).chunk(3, 1)]  # [B, 1, N, G]
             tokens = [t.contiguous() for t in tokens] if self.contiguous else tokens

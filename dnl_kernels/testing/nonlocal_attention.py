@@ -12,8 +12,11 @@ from .operators import Operator
 
 
 class Case(NamedTuple):
-    """Sizes B, h, N, M, D, E; keywords of the call; mask: the share of keys that are seen; spread: of the inputs;
-    factor: of the error budget, larger where scores are long sums or large and their rounding decides."""
+    """Sizes B, h, N, M, D, E; keywords of the call; mask: the share of keys that are seen; spread: of the inputs.
+
+    factor: of the error budget. With large scores one or two rows carry the largest error, and which side is luckier there
+    changes from draw to draw: over 12 draws ours / eager has a median of at most 1.3, and a maximum of 4.1. "wide" adds
+    up to 256 products one after another where eager's GEMM keeps several partial sums: median 0.9, maximum 3.5."""
 
     B: int
     h: int
@@ -37,7 +40,7 @@ CASES = {
     "key-mask": Case(3, 2, 33, 41, 9, 7, mask=0.6),
     "causal-key-mask": Case(3, 1, 50, 50, 4, 6, {"causal": True}, mask=0.5),
     "several-parts": Case(1, 1, 33, 530, 6, 5),
-    "large-scores": Case(1, 2, 40, 50, 12, 6, spread=20.0, factor=10.0),
+    "large-scores": Case(1, 2, 40, 50, 12, 6, spread=20.0, factor=5.0),
     "wide": Case(1, 1, 9, 20, 130, 256, factor=5.0),
     "no-batch": Case(0, 2, 5, 6, 3, 4),
     "no-queries": Case(2, 2, 0, 6, 3, 4),
