@@ -478,7 +478,7 @@ def _read(states: Sequence[Tensor], last: bool, merge: bool = False) -> Operand:
     return operand([x.permute(0, 2, 3, 1) for x in states], True, merge)
 
 
-def dense_fwd(states, weight, bias, norm_scale, norm_shift, activation, scale, last: bool) -> Tensor:
+def dense_fwd(states, weight, bias, norm_scale, norm_shift, activation, scale, *, last: bool) -> Tensor:
     """dense_linear (last) and dense_conv2d, forward."""
     first = states[0]
     shape = (*first.shape[:-1], weight.shape[0]) if last else (first.shape[0], weight.shape[0], *first.shape[2:])
@@ -494,7 +494,7 @@ def dense_fwd(states, weight, bias, norm_scale, norm_shift, activation, scale, l
 
 def dense_bwd(
     dy, states, weight, norm_scale, norm_shift, activation, scale, need_states, need_weight, need_bias, need_norm,
-    last: bool,
+    *, last: bool,
 ):  # fmt: skip
     """Their backward: dstates, dweight, dbias, dnorm_scale, dnorm_shift; empty where not wanted."""
     needs = [need_weight, need_bias, need_norm and norm_scale is not None, need_norm and norm_shift is not None]

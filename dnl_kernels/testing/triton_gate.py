@@ -160,10 +160,14 @@ def dnl_block_calls(dtype: torch.dtype) -> dict[str, Callable]:
     def both():
         """One layer of training: what it adds to dense_conv2d is the statistics, and a gradient that is added to."""
         x0 = meta(8, 16, 32, 32, dtype=dtype)
-        vectors = [meta(n, dtype=torch.float32) for n in (12 * 16 * 9, 12, 16, 16)]
-        static = ([1], 12, 3, True, True, True, "relu", 1.0, 1e-5)
-        states, mean, var, outputs = kernels.dnl_block_fwd(x0, *vectors, None, None, *static)
-        kernels.dnl_block_bwd(states, states, outputs, *vectors, mean, var, *static)
+        weight, bias, gamma, beta = (meta(n, dtype=torch.float32) for n in (12 * 16 * 9, 12, 16, 16))
+        states, mean, var, outputs = kernels.dnl_block_fwd(
+            x0, weight, bias, gamma, beta, None, None, [1], 12, 3, True, True, True, "relu", 1.0, 1e-5
+        )
+        kernels.dnl_block_bwd(
+            states, states, outputs, weight, bias, gamma, beta, mean, var, [1], 12, 3, True, True, True, "relu", 1.0,
+            1e-5,
+        )  # fmt: skip
 
     return {"training": both} if dtype != torch.float32 else {}
 

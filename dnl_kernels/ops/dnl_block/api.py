@@ -59,8 +59,9 @@ def dnl_block_with_statistics(
     with outside_autocast(x0):
         if backend == "reference":
             return reference.dnl_block(x0, parameters, config)
-        if fused.limit(x0, parameters, config, backend) is None:
-            return fused.dnl_block(x0, parameters, config, fused.choose(x0, backend))
+        chosen = fused.choose(x0, backend)
+        if chosen is not None and fused.limit(x0, parameters, config, backend) is None:
+            return fused.dnl_block(x0, parameters, config, chosen)
         if bottleneck.limit(x0, parameters, config, backend) is None:
             return bottleneck.dnl_block(x0, parameters, config)
         return composition.dnl_block(x0, parameters, config, backend)

@@ -37,7 +37,7 @@ def limit(x0: Tensor, parameters: Sequence[Any], config: BlockConfig, backend: s
     """Why the fused kernels cannot run this call, or None. The composition runs every call."""
     chosen = choose(x0, backend)
     if chosen is None:
-        return "the fused block has CPU and Triton kernels"
+        return "the fused block has a CPU kernel and one in Triton"
     if chosen == "triton" and (not config.preactivation or x0.dtype == torch.float64):
         return "the fused block in Triton is for preactivation, and not for float64"
     if config.kernel != "local" or config.affine == "linear":
@@ -70,7 +70,7 @@ class Packed(NamedTuple):
 
 
 def dnl_block(
-    x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig, backend: str
+    x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig, backend: str = "cpu"
 ) -> tuple[Tensor, Statistics | None]:
     if config.training:  # running statistics are not read, and the caller updates them before the backward pass
         parameters = [p._replace(norm_mean=None, norm_var=None) for p in parameters]
