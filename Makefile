@@ -41,8 +41,12 @@ sanitize: $(READY) ## operator tests on a library built with AddressSanitizer an
 install-check: build ## every way of installing, in environments that lack something
 	$(BIN)/python python_tests/install/check_install.py
 
-cuda-check: build ## compile every GPU kernel without a GPU and hold it to its budget
+cuda-check: $(READY) ## compile every GPU kernel without a GPU and hold it to its budget
 	$(BIN)/python -m dnl_kernels.testing.triton_gate
+	$(BIN)/python -c "from dnl_kernels import _builder; raise SystemExit(not _builder.nvcc())" || \
+	$(BIN)/python -m pip install --quiet --editable '.[cuda-check]'
+	$(BIN)/python dnl_kernels/_builder.py
+	$(BIN)/python -m dnl_kernels.testing.cuda_gate
 
 bench: build ## the benchmarks on this machine
 	$(BIN)/python -m pytest bench --benchmark-enable
