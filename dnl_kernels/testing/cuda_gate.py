@@ -1,8 +1,8 @@
 """The compile gate of the CUDA C++ kernels: every kernel of the built library, for every architecture, on a budget.
 
-`python -m dnl_kernels.testing.cuda_gate` (make cuda-check) reads the library that `make build` compiled with warnings as
-errors, prints the table, and fails if a kernel leaves its budget. Everything here is computed from the compiled code;
-nothing is measured on a GPU. An operator adds its kernels to `BUDGETS`.
+`python -m dnl_kernels.testing.cuda_gate` (make cuda-check) reads the library that `make build` compiled with warnings
+as errors, prints the table, and fails if a kernel leaves its budget. Everything here is computed from the compiled
+code; nothing is measured on a GPU. An operator adds its kernels to `BUDGETS`.
 """
 
 from __future__ import annotations
@@ -129,9 +129,9 @@ def table(found: list[Row]) -> str:
 
 def text(found: list[Row], size: int) -> str:
     return (
-        f"# CUDA C++ kernels: compile report\n\n{HEADER} `make cuda-check` prints it.\n\nCompiled with warnings as errors; "
-        f"the library has {size / 2**20:.1f} MiB. smem: bytes per block of a typical launch; bits: the widest global "
-        f"access; hot: the instructions of the hottest loop.\n\n{table(found)}\n"
+        f"# CUDA C++ kernels: compile report\n\n{HEADER} `make cuda-check` prints it.\n\nCompiled with warnings as "
+        f"errors; the library has {size / 2**20:.1f} MiB. smem: bytes per block of a typical launch; bits: the widest "
+        f"global access; hot: the instructions of the hottest loop.\n\n{table(found)}\n"
     )
 
 

@@ -117,9 +117,9 @@ def text(found: list[Row]) -> str:
         lines.append([row.kernel, row.case, str(row.dtype).removeprefix("torch."), *facts, *floors])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
-        f"# CUDA C++ kernels: global-memory traffic\n\n{HEADER}\n\nMoved: 32-byte sectors that a block of threads touches, "
-        "each once per block, with halos, re-read filters and the partial sums that a second launch adds up. Floor: "
-        "max(compulsory bytes / bandwidth, FLOPs / rate) of the sizes of the case, from the data sheets "
+        f"# CUDA C++ kernels: global-memory traffic\n\n{HEADER}\n\nMoved: 32-byte sectors that a block of threads "
+        "touches, each once per block, with halos, re-read filters and the partial sums that a second launch adds up. "
+        "Floor: max(compulsory bytes / bandwidth, FLOPs / rate) of the sizes of the case, from the data sheets "
         "(936, 1555, 3350 GB/s; 71, 312, 989 TFLOP/s for half types; 35.6, 19.5, 67 for float32 by FMA).\n\n"
         f"{table}\n"
     )
