@@ -41,9 +41,13 @@ sanitize: $(READY) ## operator tests on a library built with AddressSanitizer an
 install-check: build ## every way of installing, in environments that lack something
 	$(BIN)/python python_tests/install/check_install.py
 
-cuda-check: build ## compile every GPU kernel without a GPU, count its traffic, and hold both to their budgets
+cuda-check: $(READY) ## compile every GPU kernel without a GPU, count traffic, and hold both to their budgets
 	$(BIN)/python -m dnl_kernels.testing.triton_gate --markdown docs/gpu/triton-compile.md
 	TRITON_INTERPRET=1 $(BIN)/python -m dnl_kernels.testing.triton_traffic --markdown docs/gpu/triton-traffic.md
+	$(BIN)/python -c "from dnl_kernels import _builder; raise SystemExit(not _builder.nvcc())" || \
+	$(BIN)/python -m pip install --quiet --editable '.[cuda-check]'
+	$(BIN)/python dnl_kernels/_builder.py
+	$(BIN)/python -m dnl_kernels.testing.cuda_gate
 
 mutation-check: build ## break the Triton kernels on purpose and see their tests fail
 	$(BIN)/python python_tests/triton_backend/mutations.py

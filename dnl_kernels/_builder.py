@@ -105,13 +105,14 @@ def _ninja_file(cxx: str, torch: pathlib.Path, pybind: str, cuda: str | None) ->
     module = f'-I"{pybind}" -I"{sysconfig.get_path("include")}"'
     extra = os.environ.get("DNL_CXXFLAGS", "")
     link = f'-L"{torch / "lib"}" -ltorch_cpu'
+    runtime = pathlib.Path(cuda).parents[1] / "lib" if cuda else ""  # of the packages; a toolkit's nvcc knows its own
     lines = [
         f"cxxflags = {CXXFLAGS} {base} {extra}",
         f"rule cxx\n  command = {cxx} -MD -MF $out.d $cxxflags $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {cxx} -shared {extra} $in {link} -o $out",
         f"rule nvcc\n  command = {cuda} {NVCCFLAGS} -MD -MF $out.d -ccbin {cxx} "
         f"{gencode()} {base} -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule nvlink\n  command = {cuda} -shared -ccbin {cxx} $in {link} -o $out",
+        f'rule nvlink\n  command = {cuda} -shared --cudadevrt none -ccbin {cxx} $in -L"{runtime}" {link} -o $out',
     ]
 
     def compile_all(rule, jobs):

@@ -12,21 +12,6 @@ namespace dnl {
 constexpr int kConvMaxTaps = 9;  // their weight gradients are in registers
 constexpr int kConvPair = 2;      // blocks of positions that share the filters' fragments
 
-// How the weight gradient lies in a row of partial sums: [chunk][octet][tap][kSize]; which element an index is.
-template <class T>
-struct ConvGradient {
-  static constexpr int kSize = 8 * ConvElement<T>::kChunk;
-  DNL_DEVICE static void decode(int within, int& channel, int& output) {
-    if constexpr (ConvElement<T>::kHalf) {  // 32 lanes' fragments of mma.sync: rows are channels
-      channel = within / 16 + within % 4 / 2 * 8;
-      output = within / 4 % 4 * 2 + within % 2;
-    } else {
-      channel = within / 8;
-      output = within % 8;
-    }
-  }
-};
-
 // Shared memory of the backward kernel, in elements of T from its start.
 template <class T>
 struct ConvBackwardShared {
@@ -197,11 +182,18 @@ DNL_DEVICE void pull_back(const ConvBackward& p, const ConvBackwardShared<T>& sh
 // fragments in a fixed order through `slots`; float32: a warp takes a channel.
 template <class T>
 DNL_DEVICE void weight_gradient(const ConvBackward& p, const T* activated, const T* dy, const uint32_t* interior,
-                                int blocks, float* slots, int slot_count, float* partial, bool fresh) {
+                                int blocks, float* slots, int slot_count, float* partial, int first_channel,
+                                int first_output, bool fresh) {
   using E = ConvElement<T>;
   const ConvTiling& t = p.tiling;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int taps = p.taps;
+  const auto add = [&](int channel, int output, int tap, float value) {
+    channel += first_channel;
+    output += first_output;
+    if (channel < p.channels && output < p.outputs)
+      add_partial(partial + (static_cast<int64_t>(output) * p.channels + channel) * taps + tap, value, fresh);
+  };
   if constexpr (E::kHalf) {
     float sum[kConvMaxTaps][4] = {};
     const T* from = activated + (lane / 8 % 2 * t.length + t.origin + lane / 16 * 8 + lane % 8) * 8;
@@ -249,7 +241,7 @@ DNL_DEVICE void weight_gradient(const ConvBackward& p, const T* activated, const
       for (int k = 0; k < kConvMaxTaps; k++) {
         if (k >= taps) break;
 #pragma unroll
-        for (int e = 0; e < 4; e++) add_partial(partial + k * 128 + lane * 4 + e, sum[k][e], fresh);
+        for (int e = 0; e < 4; e++) add(lane / 4 + e / 2 * 8, lane % 4 * 2 + e % 2, k, sum[k][e]);
       }
     }
   } else {
@@ -278,7 +270,7 @@ DNL_DEVICE void weight_gradient(const ConvBackward& p, const T* activated, const
           const float all = warp_sum(sum[k][o]);
           if (lane == o) mine = all;
         }
-        if (lane < 8) add_partial(partial + k * 64 + channel * 8 + lane, mine, fresh);
+        if (lane < 8) add(channel, lane, k, mine);
       }
     }
   }
@@ -348,12 +340,11 @@ __global__ void __launch_bounds__(32 * kConvMaxWarps, 1)
       if (pull) load_transposed<T>(filters, p, shared, first);
       __syncthreads();
       if (pull) pull_back<T>(p, shared, table, dy, x, filters, group_offsets, interior, blocks, scratch);
-      const int chunk = first / E::kChunk;
       for (int octet = 0; p.need_weight && octet < shared.octets; octet++)
         weight_gradient<T>(p, activated, dy + octet * 8 * t.length, interior, blocks,
                            reinterpret_cast<float*>(shared.in_place() ? activated : memory + shared.slots),
                            shared.in_place() ? kConvMaxWarps : shared.kSlots,
-                           partial + int64_t(chunk * shared.octets + octet) * p.taps * ConvGradient<T>::kSize, fresh);
+                           partial, first, octet * 8, fresh);
       __syncthreads();
       if (p.need_norm && threadIdx.x < 2 * E::kChunk && first + static_cast<int>(threadIdx.x) / 2 < p.channels) {
         float sum = 0;
@@ -395,20 +386,11 @@ __global__ void __launch_bounds__(256) dense_conv2d_reduce_kernel(const ConvRedu
   for (int w = 1; w < 8; w++) sum += sums[w * 32 + lane];
   int64_t i = element;
   if (i < p.partial.weights) {
-    using Gradient = ConvGradient<T>;
-    int channel, output;
-    Gradient::decode(static_cast<int>(i % Gradient::kSize), channel, output);
-    i /= Gradient::kSize;
-    const int tap = static_cast<int>(i % p.taps);
-    i /= p.taps;
-    output += static_cast<int>(i % p.octets) * 8;
-    channel += static_cast<int>(i / p.octets) * ConvElement<T>::kChunk;
-    if (p.weight && channel < p.channels && output < p.outputs)
-      store_global(static_cast<T*>(p.weight) + (static_cast<int64_t>(output) * p.channels + channel) * p.taps + tap,
-                   from_float<T>(p.scale * sum));
+    if (p.weight) store_global(static_cast<T*>(p.weight) + i, from_float<T>(p.scale * sum));
     return;
   }
   i -= p.partial.weights;
+  if (i >= p.partial.moments + p.outputs) return;
   T* to = static_cast<T*>(i >= p.partial.moments ? p.bias : i % 2 ? p.norm_scale : p.norm_shift);
   if (to) store_global(to + (i >= p.partial.moments ? i - p.partial.moments : i / 2), from_float<T>(sum));
 }

@@ -210,10 +210,9 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> dense_conv2d_bwd
     });
     const auto shared = layout(p.tiling);
     const int64_t blocks = std::min<int64_t>(p.tiling.tiles(), kConvPartialRows);
-    const int64_t chunks = ceil_div(p.channels, ConvElement<T>::kChunk);
-    p.partial.weights = chunks * shared.octets * p.taps * ConvGradient<T>::kSize;
+    p.partial.weights = weight.numel();
     p.partial.moments = 2 * p.channels;
-    p.partial.row = p.partial.weights + p.partial.moments + p.outputs;
+    p.partial.row = ceil_div(p.partial.weights + p.partial.moments + p.outputs, 32) * 32;  // whole sectors
     Tensor partial = new_empty(weight, {blocks, p.partial.row}, ScalarType::Float);
     p.partial.data = static_cast<float*>(partial.data_ptr());
     int threads = threads_of(p.tiling.blocks(), kConvBlocksPerWarp);
@@ -221,8 +220,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> dense_conv2d_bwd
       while (threads / 64 * shared.slot(p.taps) * 4 > 32 * p.tiling.length) threads -= 32;
     launch("dense_conv2d_bwd", dense_conv2d_bwd_kernel<T>, dim3(blocks), threads, shared.total * sizeof(T), p);
     const auto data = [](Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; };
-    const ConvReduce reduce{p.partial, blocks,     data(dweight), data(dbias), data(dscale),
-                            data(dshift), p.channels, p.outputs, shared.octets, p.taps, p.scale};
+    const ConvReduce reduce{p.partial, blocks,    data(dweight), data(dbias), data(dscale), data(dshift),
+                            p.outputs, p.scale};
     if (need_weight || need_bias || p.need_norm)
       launch("dense_conv2d_reduce", dense_conv2d_reduce_kernel<T>, dim3(ceil_div(p.partial.row, 32)), 256, 0, reduce);
   });

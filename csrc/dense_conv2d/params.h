@@ -65,8 +65,8 @@ struct ConvForward : ConvCommon {
   bool store_vectors;
 };
 
-// A row of partial sums for each block of the launch: the weight gradient in the order of the accumulators, sums of
-// g and g x for each channel, of dy for each output.
+// A row of partial sums for each block of the launch: the weight gradient, sums of g and g x for each channel, of dy for
+// each output.
 struct ConvPartial {
   float* data;
   int64_t row;  // floats
@@ -84,7 +84,7 @@ struct ConvReduce {
   ConvPartial partial;
   int64_t rows;
   void *weight, *bias, *norm_scale, *norm_shift;  // null where unwanted
-  int channels, outputs, octets, taps;
+  int outputs;
   float scale;  // of the weight gradient
 };
 

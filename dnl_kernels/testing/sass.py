@@ -121,27 +121,57 @@ def report(cubin: bytes, architecture: int, warps: int, dynamic_shared: int) -> 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", _dump(file.name, "-res-usage"))}
-        sass = _dump(file.name, "-sass")
-    instructions, loops = _instructions(sass)
-    hot = _hot_loop(instructions, loops)
-    kinds: collections.Counter[str] = collections.Counter()
-    for op in hot:
-        kinds[next((kind for kind, pattern in _KINDS if re.match(pattern, op)), "OTHER")] += 1
-    shared = usage.get("SHARED", 0) + dynamic_shared
-    share, limit = occupancy(architecture, usage["REG"], warps, shared)
-    return Report(
-        registers=usage["REG"],
-        spills=sum(op.startswith(("LDL", "STL")) for _, op in instructions),
-        shared=shared,
-        occupancy=share,
-        limit=limit,
-        tensor_core=next((t for t in TENSOR_CORE if any(op.startswith(t) for op in hot)), ""),
-        hot_loop=tuple(sorted(kinds.items())),
-        width=max(
-            (_width(op) for _, op in instructions if re.match(r"LDG(?!DEP)|STG|LDGSTS|UTM|UBLKCP", op)), default=0
-        ),
-    )
+        (kernel,) = kernels(file.name).values()
+    return kernel.report(architecture, warps, dynamic_shared)
+
+
+class Kernel(NamedTuple):
+    """A kernel of a cubin: registers, static shared memory, its instructions and loops."""
+
+    usage: dict[str, int]
+    instructions: list[tuple[int, str]]
+    loops: list[tuple[int, int]]
+
+    def report(self, architecture: int, warps: int, dynamic_shared: int) -> Report:
+        """The facts of a launch with so many warps and so much dynamic shared memory."""
+        hot = _hot_loop(self.instructions, self.loops)
+        kinds: collections.Counter[str] = collections.Counter()
+        for op in hot:
+            kinds[next((kind for kind, pattern in _KINDS if re.match(pattern, op)), "OTHER")] += 1
+        shared = self.usage.get("SHARED", 0) + dynamic_shared
+        share, limit = occupancy(architecture, self.usage["REG"], warps, shared)
+        accesses = [op for _, op in self.instructions if re.match(r"LDG(?!DEP)|STG|LDGSTS|UTM|UBLKCP", op)]
+        return Report(
+            registers=self.usage["REG"],
+            spills=sum(op.startswith(("LDL", "STL")) for _, op in self.instructions),
+            shared=shared,
+            occupancy=share,
+            limit=limit,
+            tensor_core=next((t for t in TENSOR_CORE if any(op.startswith(t) for op in hot)), ""),
+            hot_loop=tuple(sorted(kinds.items())),
+            width=max(map(_width, accesses), default=0),
+        )
+
+
+def kernels(cubin: str) -> dict[str, Kernel]:
+    """The kernels of a cubin file by their mangled names."""
+    usage = re.findall(r"Function (\S+):\s+(REG:[^\n]*)", _dump(cubin, "-res-usage"))
+    sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function : |\Z)", _dump(cubin, "-sass"), re.DOTALL))
+    return {
+        name: Kernel({k: int(v) for k, v in re.findall(r"(\w+):(\d+)", facts)}, *_instructions(sass[name]))
+        for name, facts in usage
+    }
+
+
+def architectures(library: str, folder: str) -> dict[int, list[str]]:
+    """Extracts the cubins of a library into `folder`: by architecture."""
+    subprocess.run([_tool("cuobjdump"), "-xelf", "all", os.path.abspath(library)], cwd=folder, check=True,
+                   capture_output=True)  # fmt: skip
+    found: dict[int, list[str]] = {}
+    for name in sorted(os.listdir(folder)):
+        if match := re.search(r"\.sm_(\d+)\w*\.cubin$", name):
+            found.setdefault(int(match[1]), []).append(os.path.join(folder, name))
+    return found
 
 
 def _width(op: str) -> int:

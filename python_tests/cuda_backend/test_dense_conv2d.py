@@ -7,7 +7,7 @@ import dnl_kernels as dnl
 from dnl_kernels import _backend
 from dnl_kernels._checks import ACTIVATIONS
 from dnl_kernels.ops.dense_conv2d.api import CUDA_SIZES, _cuda_limit
-from dnl_kernels.testing import assert_within_budget
+from dnl_kernels.testing import assert_within_budget, cuda_traffic
 from dnl_kernels.testing.cuda_emulator import BACKEND, SCHEDULES
 from dnl_kernels.testing.dense_conv2d import CASES, NAMES, Case, inputs
 
@@ -174,3 +174,12 @@ def test_sums_for_the_next_normalisation(emulated, dtype):
     exact = torch.stack([y.double().sum((0, 2, 3)), y.double().square().sum((0, 2, 3))])
     size = torch.stack([y.double().abs().sum((0, 2, 3)), exact[1]])
     assert ((sums - exact).abs() <= 1e-5 * size).all()
+
+
+@every_dtype
+def test_traffic_and_bank_conflicts(emulated, dtype):
+    rows = cuda_traffic.conv_rows(emulated, dtype)
+    assert len(rows) == 6
+    for row in rows:
+        assert 1 <= row.ratio <= row.bar, row
+        assert row.conflicts == 0, row

@@ -1,0 +1,141 @@
+"""Global-memory traffic of the CUDA C++ kernels, counted by the emulator, against the compulsory bytes; paper floors.
+
+`python -m dnl_kernels.testing.cuda_traffic` prints the table. Bytes are those of the 32-byte sectors that each block of
+threads touches, each once: what reaches the second-level cache when a block's own reuse stays inside. Everything is
+computed; nothing is measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cuda_emulator
+from .dense_conv2d import Case, inputs
+
+HEADER = "Computed from the kernels' addresses, not measured on a GPU."
+
+
+class Device(NamedTuple):
+    """Memory bandwidth in GB/s, dense multiplication in TFLOP/s: half types with float32 sums, float32 by FMA."""
+
+    bandwidth: float
+    half: float
+    single: float
+
+
+DEVICES = {  # NVIDIA's data sheets
+    "RTX 3090": Device(936, 71, 35.6),
+    "A100": Device(1555, 312, 19.5),
+    "H100": Device(3350, 989, 67),
+}
+
+
+class Row(NamedTuple):
+    kernel: str
+    case: str
+    dtype: torch.dtype
+    compulsory: int  # bytes, each tensor once
+    moved: int
+    bar: float
+    flops: float
+    conflicts: int  # of ldmatrix
+
+    @property
+    def ratio(self) -> float:
+        return self.moved / self.compulsory
+
+    def floor(self, device: Device) -> float:
+        """The time in microseconds below which no kernel of these sizes can stay."""
+        rate = device.single if self.dtype == torch.float32 else device.half
+        return max(self.compulsory / device.bandwidth / 1e3, self.flops / rate / 1e6)
+
+
+def size(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def count(emulator: cuda_emulator.Emulator, call: Callable) -> tuple[int, int]:
+    """Bytes that the call moves, and its bank conflicts."""
+    emulator.counts()
+    with emulator.tracing():
+        call()
+    moved = sum(traffic.by_blocks for traffic in emulator.traffic_of(0, 1 << 62))
+    return moved, emulator.counts()["ldmatrix_conflicts"]
+
+
+CONV_CASES = {
+    "32x32, 12 + 6 x 6 channels, growth 6": Case(2, (12, *[6] * 6), 32, 32, 6),
+    "64x48, 32 channels, growth 8": Case(1, (32,), 64, 48, 8),
+    "1x1, 32x32, 64 channels to 24": Case(2, (64,), 32, 32, 24, size=1),
+}
+CONV_BARS = {"fwd": 1.15, "bwd": 1.2}
+# A single image cut into four bands: four rows of partial sums, which longer batches share (kConvPartialRows).
+CONV_EXCEPTIONS = {("bwd", "64x48, 32 channels, growth 8"): 1.3}
+
+
+def conv_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
+    ops, rows = torch.ops.dnl_emulated, []
+    for name, case in CONV_CASES.items():
+        (weight, bias, scale, shift), states = inputs(case, dtype)
+        y = ops.dense_conv2d_fwd(states, weight, bias, scale, shift, "relu", 1.0)
+        flops = 2.0 * size(y) / y.element_size() * weight[0].numel()
+        parameters = [weight, bias, scale, shift]
+        calls = {
+            "fwd": lambda: ops.dense_conv2d_fwd(states, weight, bias, scale, shift, "relu", 1.0),  # noqa: B023
+            "bwd": lambda: ops.dense_conv2d_bwd(
+                y, states, weight, scale, shift, "relu", 1.0, True, True, True, True  # noqa: B023
+            ),
+        }  # fmt: skip
+        compulsory = {
+            "fwd": size(*states, y, *parameters),
+            "bwd": 2 * size(*states, weight, scale, shift) + size(bias, y),
+        }
+        for kind, call in calls.items():
+            moved, conflicts = count(emulator, call)
+            bar, work = CONV_EXCEPTIONS.get((kind, name), CONV_BARS[kind]), flops * (1 if kind == "fwd" else 2)
+            rows.append(Row(f"dense_conv2d_{kind}", name, dtype, compulsory[kind], moved, bar, work, conflicts))
+    return rows
+
+
+def rows(emulator: cuda_emulator.Emulator) -> list[Row]:
+    return [row for dtype in (torch.bfloat16, torch.float32) for row in conv_rows(emulator, dtype)]
+
+
+def text(found: list[Row]) -> str:
+    header = ["kernel", "case", "dtype", "compulsory KiB", "moved KiB", "ratio", "bar"]
+    header += [f"floor on {device}, us" for device in DEVICES]
+    lines = [header, ["---"] * len(header)]
+    for row in found:
+        facts = [f"{row.compulsory / 1024:.0f}", f"{row.moved / 1024:.0f}", f"{row.ratio:.3f}", f"{row.bar:.2f}"]
+        floors = [f"{row.floor(device):.2f}" for device in DEVICES.values()]
+        lines.append([row.kernel, row.case, str(row.dtype).removeprefix("torch."), *facts, *floors])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return (
+        f"# CUDA C++ kernels: global-memory traffic\n\n{HEADER}\n\nMoved: 32-byte sectors that a block of threads "
+        "touches, each once per block, with halos, re-read filters and the partial sums that a second launch adds up. "
+        "Floor: max(compulsory bytes / bandwidth, FLOPs / rate) of the sizes of the case, from the data sheets "
+        "(936, 1555, 3350 GB/s; 71, 312, 989 TFLOP/s for half types; 35.6, 19.5, 67 for float32 by FMA).\n\n"
+        f"{table}\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--markdown", help="also write the table to this file")
+    arguments = parser.parse_args()
+    report = text(rows(cuda_emulator.install()))
+    print(report)
+    if arguments.markdown:
+        with open(f"{arguments.markdown}.tmp", "w") as file:
+            file.write(report)
+        os.replace(f"{arguments.markdown}.tmp", arguments.markdown)
+
+
+if __name__ == "__main__":
+    main()
