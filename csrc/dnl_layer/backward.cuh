@@ -119,11 +119,14 @@ DNL_DEVICE void score_gradient(float (&w)[4], float (&ds)[4], LayerKernel kernel
 DNL_DEVICE void add_rows4(float (&sum)[kLayerWidth], const LayerSizes& s, const float* rows, int width4, int j,
                           const float (&ds)[4], bool differences, const float (&own)[kLayerWidth]) {
 #pragma unroll
-  for (int d = 0; d < kLayerWidth; d++)
-    if (d < width4) {
-      float4 b = read4(rows + d * s.stride + j);
-      if (differences) b = make_float4(b.x - own[d], b.y - own[d], b.z - own[d], b.w - own[d]);
-      sum[d] += (ds[0] * b.x + ds[1] * b.y) + (ds[2] * b.z + ds[3] * b.w);
+  for (int d0 = 0; d0 < kLayerWidth; d0 += 4)
+    if (d0 < width4) {
+#pragma unroll
+      for (int d = d0; d < d0 + 4; d++) {
+        float4 b = read4(rows + d * s.stride + j);
+        if (differences) b = make_float4(b.x - own[d], b.y - own[d], b.z - own[d], b.w - own[d]);
+        sum[d] += (ds[0] * b.x + ds[1] * b.y) + (ds[2] * b.z + ds[3] * b.w);
+      }
     }
 }
 
@@ -132,13 +135,16 @@ DNL_DEVICE void products4(float (&out)[4], const LayerSizes& s, const float (&a)
 #pragma unroll
   for (int i = 0; i < 4; i++) out[i] = 0;
 #pragma unroll
-  for (int e = 0; e < kLayerWidth; e++)
-    if (e < width4) {
-      const float4 b = read4(rows + e * s.stride + j);
-      out[0] += a[e] * b.x;
-      out[1] += a[e] * b.y;
-      out[2] += a[e] * b.z;
-      out[3] += a[e] * b.w;
+  for (int e0 = 0; e0 < kLayerWidth; e0 += 4)
+    if (e0 < width4) {
+#pragma unroll
+      for (int e = e0; e < e0 + 4; e++) {
+        const float4 b = read4(rows + e * s.stride + j);
+        out[0] += a[e] * b.x;
+        out[1] += a[e] * b.y;
+        out[2] += a[e] * b.z;
+        out[3] += a[e] * b.w;
+      }
     }
 }
 
@@ -150,15 +156,14 @@ DNL_DEVICE void projection_gradient(const LayerBackward& p, LayerParameter weigh
   if (float* to = gradient(p, static_cast<LayerParameter>(weight + 1))) row_sums(to + head * width, s, rows, width);
 }
 
-template <class T>
-DNL_DEVICE void head_gradient(const LayerBackward& p, int head, float* shared, const LayerBackwardLayout& at,
-                              const HeadWeights& w) {
-  const LayerSizes& s = p.sizes;
+// Everything that a head adds. It does not depend on the element type.
+DNL_DEVICE_CALL void head_gradient(const LayerBackward& p, int head, float* shared, const LayerBackwardLayout& at,
+                                   const HeadWeights& w, float factor) {
+  const LayerSizes s = p.sizes;
   const bool gaussian = s.kernel == LayerKernel::gaussian;
   float *y = shared + at.y, *dz = shared + at.dz, *dy = shared + at.dy, *q = shared + at.q, *k = shared + at.k;
   float *v = shared + at.v, *dout = shared + at.dout, *t = shared + at.t;
   float *shifts = shared + at.shift, *deltas = shared + at.delta, *drho = shared + at.drho;
-  const float factor = score_factor<T>(s, p.parameters[kRho], head);
   // d score / d (product): the factor in natural units; for the Gaussian the derivative of -|q - k|^2 / (2 h^2).
   const float slope = s.kernel == LayerKernel::dot ? factor : gaussian ? -2.0f * kLn2 * factor : kLn2 * factor;
 
@@ -323,7 +328,7 @@ __global__ void __launch_bounds__(kLayerThreads) dnl_layer_bwd_kernel(const __gr
     __syncthreads();
     const HeadWeights w = stage_head<T>(p, head, weights);
     __syncthreads();
-    head_gradient<T>(p, head, shared, at, w);
+    head_gradient(p, head, shared, at, w, score_factor<T>(s, p.parameters[kRho], head));
   }
   __syncthreads();
   if (float* to = gradient(p, kAffineBias)) row_sums(to, s, dy, s.width);

@@ -106,17 +106,20 @@ DNL_DEVICE void gather(float (&out)[kMax], const float* column, int stride, int 
   }
 }
 
+// A column of `width` rows, a multiple of 4, to and from registers.
 template <int kMax>
 DNL_DEVICE void put(float* column, int stride, int width, const float (&in)[kMax]) {
 #pragma unroll
-  for (int d = 0; d < kMax; d++)
-    if (d < width) column[d * stride] = in[d];
+  for (int d = 0; d < kMax; d += 4)
+    if (d < width)
+      for (int i = 0; i < 4; i++) column[(d + i) * stride] = in[d + i];
 }
 
 template <int kMax>
 DNL_DEVICE void take(float (&out)[kMax], const float* column, int stride, int width) {
 #pragma unroll
-  for (int d = 0; d < kMax; d++) out[d] = d < width ? column[d * stride] : 0.0f;
+  for (int d = 0; d < kMax; d += 4)
+    for (int i = 0; i < 4; i++) out[d + i] = d < width ? column[(d + i) * stride] : 0.0f;
 }
 
 // A channel of the sample's states, as the threads read it.
@@ -286,28 +289,27 @@ DNL_DEVICE float score_factor(const LayerSizes& s, const void* rho, int head) {
 DNL_DEVICE void scores4(float (&out)[4], const LayerSizes& s, const float (&a)[kLayerWidth], const float* rows, int j,
                         float factor) {
   float sum[4] = {};
-  if (s.kernel == LayerKernel::gaussian) {
+  const bool distances = s.kernel == LayerKernel::gaussian;
 #pragma unroll
-    for (int d = 0; d < kLayerWidth; d++)
-      if (d < s.query4) {
-        const float4 b = read4(rows + d * s.stride + j);
-        const float x = a[d] - b.x, y = a[d] - b.y, z = a[d] - b.z, w = a[d] - b.w;
-        sum[0] += x * x;
-        sum[1] += y * y;
-        sum[2] += z * z;
-        sum[3] += w * w;
-      }
-  } else {
+  for (int d0 = 0; d0 < kLayerWidth; d0 += 4)
+    if (d0 < s.query4) {
 #pragma unroll
-    for (int d = 0; d < kLayerWidth; d++)
-      if (d < s.query4) {
+      for (int d = d0; d < d0 + 4; d++) {
         const float4 b = read4(rows + d * s.stride + j);
-        sum[0] += a[d] * b.x;
-        sum[1] += a[d] * b.y;
-        sum[2] += a[d] * b.z;
-        sum[3] += a[d] * b.w;
+        if (distances) {
+          const float x = a[d] - b.x, y = a[d] - b.y, z = a[d] - b.z, w = a[d] - b.w;
+          sum[0] += x * x;
+          sum[1] += y * y;
+          sum[2] += z * z;
+          sum[3] += w * w;
+        } else {
+          sum[0] += a[d] * b.x;
+          sum[1] += a[d] * b.y;
+          sum[2] += a[d] * b.z;
+          sum[3] += a[d] * b.w;
+        }
       }
-  }
+    }
   const float behind = s.kernel == LayerKernel::dot ? 0.0f : -INFINITY;
 #pragma unroll
   for (int i = 0; i < 4; i++) out[i] = j + i < s.positions ? sum[i] * factor : behind;
@@ -337,10 +339,13 @@ DNL_DEVICE float attend(float (&o)[kLayerWidth], const LayerSizes& s, const floa
       total += (w[0] + w[1]) + (w[2] + w[3]);
     }
 #pragma unroll
-    for (int e = 0; e < kLayerWidth; e++)
-      if (e < s.value4) {
-        const float4 x = read4(v + e * s.stride + j);
-        o[e] += (w[0] * x.x + w[1] * x.y) + (w[2] * x.z + w[3] * x.w);
+    for (int e0 = 0; e0 < kLayerWidth; e0 += 4)
+      if (e0 < s.value4) {
+#pragma unroll
+        for (int e = e0; e < e0 + 4; e++) {
+          const float4 x = read4(v + e * s.stride + j);
+          o[e] += (w[0] * x.x + w[1] * x.y) + (w[2] * x.z + w[3] * x.w);
+        }
       }
   }
   if (!exponential) return 0;
@@ -350,28 +355,33 @@ DNL_DEVICE float attend(float (&o)[kLayerWidth], const LayerSizes& s, const floa
   return highest + log2f(total);
 }
 
-// z = W_o concat_heads(..), without its bias.
+// A head's part of z = W_o concat_heads(..), without its bias. It does not depend on the element type.
+DNL_DEVICE_CALL void attend_head(const LayerSizes& sizes, const HeadWeights& w, const float* y, float* z, float* k,
+                                 float* v, float factor) {
+  const LayerSizes s = sizes;
+  project_rows(s, k, y, w.key, w.key_bias, s.query4);
+  project_rows(s, v, y, w.value, w.value_bias, s.value4);
+  __syncthreads();
+  for (int n = threadIdx.x; n < s.positions; n += blockDim.x) {
+    float q[kLayerWidth], o[kLayerWidth];
+    gather(q, y + n, s.stride, s.width, w.query, s.query4, w.query_bias);
+    attend(o, s, q, k, v, factor);
+    scatter(z + n, s.stride, s.result, w.output, s.value4, o);
+  }
+  __syncthreads();
+}
+
 template <class T, class Params>
 DNL_DEVICE void non_local(const Params& p, const float* y, float* z, float* k, float* v, float* weights) {
   const LayerSizes& s = p.sizes;
   for (int r = 0; r < s.result; r++)
     for (int n = threadIdx.x; n < s.positions; n += blockDim.x) z[r * s.stride + n] = 0;
+  __syncthreads();  // the filters of the accumulation are read no more
   for (int head = 0; head < s.heads; head++) {
-    __syncthreads();  // the weights and rows of before are read no more
     const HeadWeights w = stage_head<T>(p, head, weights);
     __syncthreads();
-    project_rows(s, k, y, w.key, w.key_bias, s.query4);
-    project_rows(s, v, y, w.value, w.value_bias, s.value4);
-    __syncthreads();
-    const float factor = score_factor<T>(s, p.parameters[kRho], head);
-    for (int n = threadIdx.x; n < s.positions; n += blockDim.x) {
-      float q[kLayerWidth], o[kLayerWidth];
-      gather(q, y + n, s.stride, s.width, w.query, s.query4, w.query_bias);
-      attend(o, s, q, k, v, factor);
-      scatter(z + n, s.stride, s.result, w.output, s.value4, o);
-    }
+    attend_head(s, w, y, z, k, v, score_factor<T>(s, p.parameters[kRho], head));
   }
-  __syncthreads();
 }
 
 // Row (channel) and column (position) of the i-th element of a sample of the result.
