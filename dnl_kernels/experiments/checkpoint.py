@@ -62,10 +62,11 @@ def save(folder: pathlib.Path, epoch: int, tensors: Tensors, facts: dict[str, An
             os.replace(partial, path)
             for old in stored(folder)[KEPT:]:
                 drop(old)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's own writer turns the first into the second
         shutil.rmtree(partial, ignore_errors=True)
         last = next(iter(stored(folder)), None)
-        raise Stopped(f"cannot write {path} ({error.strerror or error}); last good checkpoint: {last}") from error
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise Stopped(f"cannot write {path} ({why}); last good checkpoint: {last}") from error
 
 
 def collective(function: Callable[..., Any], *args: Any, **options: Any) -> None:
