@@ -96,7 +96,7 @@ def test_strided_and_expanded_tensors(layout, order, step):
     named.check(call._replace(leaves=whole), "triton")
 
 
-@pytest.mark.parametrize("kernel, dtype", zip(EXPONENTIAL, 2 * _backend.TRITON.dtypes, strict=False), ids=str)
+@pytest.mark.parametrize("kernel, dtype", list(zip(EXPONENTIAL, 2 * _backend.TRITON.dtypes, strict=False)), ids=str)
 def test_masked_rows_give_zeros_and_zero_gradients(small_tiles, kernel, dtype):
     q, k, v = (torch.randn(2, 1, 21, 4, dtype=dtype) for _ in range(3))
     mask = torch.zeros(2, 21, dtype=torch.bool)
