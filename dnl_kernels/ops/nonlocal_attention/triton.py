@@ -428,7 +428,7 @@ class Config(NamedTuple):
 
 HALF, FULL = 2, 4  # bytes of an element
 # (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report (make cuda-check): large ones
-# that do not spill, within 99 KiB of shared memory and with 8 warps per multiprocessor or more. The backward of a causal
+# that do not spill, within 99 KiB of shared memory and with 8 warps or more resident. The backward of a causal
 # and masked channels-first Gaussian of D = 128 still spills. Without tensor cores a product's operands fill the
 # registers, so float32 tiles are smaller.
 TILES = {
