@@ -427,9 +427,10 @@ class Config(NamedTuple):
 
 
 HALF, FULL = 2, 4  # bytes of an element
-# (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report, docs/gpu/triton-compile.md:
-# large ones without a spill, within 99 KiB of shared memory, 8 warps per multiprocessor or more. Without
-# tensor cores a product's operands fill the registers, so float32 tiles are smaller.
+# (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report (make cuda-check): large ones
+# that do not spill, within 99 KiB of shared memory and with 8 warps or more resident. The backward of a causal
+# and masked channels-first Gaussian of D = 128 still spills. Without tensor cores a product's operands fill the
+# registers, so float32 tiles are smaller.
 TILES = {
     ("forward", HALF): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
     ("forward", FULL): {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
