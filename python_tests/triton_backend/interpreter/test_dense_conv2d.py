@@ -12,7 +12,7 @@ from dnl_kernels.testing.triton_interpreter import traffic
 
 every_dtype = pytest.mark.parametrize("dtype", _backend.TRITON.dtypes, ids=str)
 OWN_CASES = {
-    "several-tiles": Case(2, (3, 1), 7, 9, 3),
+    "several-tiles": Case(2, (3,), 7, 9, 3),
     "several-output-and-channel-tiles": Case(1, (40, 3), 3, 4, 70, size=1, activation="gelu", scale=0.5),
 }
 
@@ -50,9 +50,14 @@ def check(parameters, states, activation="relu", scale=1.0):
         assert_within_budget("d" + name, a, e, b)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@every_dtype
-def test_against_float64(case, dtype, monkeypatch):
+# The large images only in float32: a half type is in every other case, and the interpreter slow.
+LARGE = ("cut-into-bands", "wide-rows")
+RUNS = [(n, d) for d in _backend.TRITON.dtypes for n in CASES if d == torch.float32 or n not in LARGE]
+
+
+@pytest.mark.parametrize("name, dtype", RUNS, ids=str)
+def test_against_float64(name, dtype, monkeypatch):
+    case = CASES[name]
     monkeypatch.setattr(_triton_conv, "TILES", tall_tiles(case))
     check(*inputs(case, dtype), case.activation, case.scale)
 
