@@ -14,9 +14,9 @@ from .operators import Operator
 class Case(NamedTuple):
     """Sizes B, h, N, M, D, E; keywords of the call; mask: the share of keys that are seen; spread: of the inputs.
 
-    factor: of the error budget. With large scores one or two rows carry the largest error, and which side is luckier there
-    changes from draw to draw: over 12 draws ours / eager has a median of at most 1.3, and a maximum of 4.1. "wide" adds
-    up to 256 products one after another where eager's GEMM keeps several partial sums: median 0.9, maximum 3.5."""
+    factor: of the error budget. With large scores one or two rows carry the largest error, and which side is luckier
+    there changes from draw to draw: over 12 draws ours / eager has a median of at most 1.3 and a maximum of 4.1. "wide"
+    adds up to 256 products one after another, eager's GEMM in several partial sums: median 0.9, maximum 3.5."""
 
     B: int
     h: int
