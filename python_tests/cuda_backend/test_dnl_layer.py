@@ -42,8 +42,8 @@ def check(case, states, tensors):
     wide = [s.double() for s in states], {n: t.double() for n, t in tensors.items()}
     exact, exact_grads = run(case, *wide, "reference")
     assert_within_budget("y", y, exact, eager)
-    # The gradient of a bias may cancel to nothing: a bias of keys, of a shared projection. It is held to the size of the
-    # gradient of its weight.
+    # The gradient of a bias may cancel to nothing (of keys, of a shared projection): it is held to the size of that of
+    # its weight.
     for name, exact_grad in exact_grads.items():
         a, e = grads[name], eager_grads[name]
         if name in ("theta.key_bias", "theta.query_bias"):
@@ -99,7 +99,9 @@ def test_distances_far_from_the_origin_keep_their_digits(emulated):
     states, tensors = inputs(case, torch.float32)
     tensors["theta.query_bias"] = torch.full_like(tensors["theta.query_bias"], 1000.0)
     exact = call(case, [s.double() for s in states], {n: t.double() for n, t in tensors.items()}, "reference")
-    assert relative_error(call(case, states, tensors, BACKEND), exact) < 2e-3  # the projections themselves round to 6e-5
+    assert (
+        relative_error(call(case, states, tensors, BACKEND), exact) < 2e-3
+    )  # the projections themselves round to 6e-5
 
 
 def test_only_the_wanted_gradients_are_computed(emulated):
@@ -109,7 +111,8 @@ def test_only_the_wanted_gradients_are_computed(emulated):
     emulated.counts()
     torch.autograd.grad(y.sum(), states[0])
     assert emulated.counts()["launches"] == 1  # no parameters, no sum over the samples
-    y = call(case, [s.detach() for s in states], {**tensors, "theta.value_weight": tensors["theta.value_weight"].requires_grad_()}, BACKEND)  # fmt: skip
+    tensors["theta.value_weight"].requires_grad_()
+    y = call(case, [s.detach() for s in states], tensors, BACKEND)
     emulated.counts()
     assert torch.autograd.grad(y.sum(), tensors["theta.value_weight"])[0].abs().sum() > 0
     assert emulated.counts()["launches"] == 2
@@ -160,7 +163,8 @@ def test_every_refusal_says_its_reason_and_the_next_smaller_call_runs(emulated):
     refused("has a non-local kernel, not 'local'", CASES["tokens"])
     refused("tokens or 1x1 convolutions, not 3x3", CASES["softmax"])
     refused("at most 128 states, not 129", Case((2,), (1,) * 129, kernel="dot"))
-    check(Case((2,), (1,) * 128, kernel="dot", activation="tanh"), *inputs(Case((2,), (1,) * 128, kernel="dot"), torch.float32))  # fmt: skip
+    most = Case((2,), (1,) * 128, kernel="dot", activation="tanh")
+    check(most, *inputs(most, torch.float32))
     states, t = inputs(Case((2,), kernel="dot"), torch.float32)
     for width in (33, 32):
         weights = {n: torch.randn(width, 4) for n in ("query_weight", "key_weight", "value_weight")}
@@ -187,7 +191,7 @@ def test_every_refusal_says_its_reason_and_the_next_smaller_call_runs(emulated):
 @pytest.mark.parametrize("options", [{}, {"preactivation": True, "output_norm": True}], ids=["plain", "norms"])
 @pytest.mark.parametrize("width", [5, 20])
 def test_the_stated_shared_memory_is_what_the_kernels_ask_for(emulated, kernel, options, width, monkeypatch):
-    """The emulator refuses 227 KiB and says how much it was: with 2 KiB for the table of channels, what `limit` counts."""
+    """The emulator refuses 227 KiB and says how much it was: `limit` counts that and 2 KiB for a table of channels."""
     monkeypatch.setattr(fused, "SMALLEST_SHARED_MEMORY", 1 << 30)
     case = Case((6001,), (3,), width, kernel=kernel, heads=2, batch=1, **options)
     states, tensors = inputs(case, torch.float32)
