@@ -100,7 +100,7 @@ def _escape(path: object) -> str:
 
 def _ninja_file(cxx: str, torch: pathlib.Path, pybind: str, cuda: str | None) -> tuple[str, list[str]]:
     csrc = source_dir()
-    base = f'{TARGET} -I"{torch / "include"}" -I"{csrc}"'
+    base = f'{TARGET} -isystem "{torch / "include"}" -I"{csrc}"'  # warnings are for our own code
     # pybind11 and Python stay out of the CUDA library and of the kernels: only module.cpp includes them.
     module = f'-I"{pybind}" -I"{sysconfig.get_path("include")}"'
     extra = os.environ.get("DNL_CXXFLAGS", "")

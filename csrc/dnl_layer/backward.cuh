@@ -48,8 +48,8 @@ struct LayerBackwardLayout {
 };
 
 // to[a * step + b] = factor * sum_n left_a[n] right_b[n].
-DNL_DEVICE void outer(float* to, int step, const LayerSizes& s, const float* left, int a_count, const float* right,
-                      int b_count, float factor = 1.0f) {
+DNL_DEVICE_CALL void outer(float* to, int step, const LayerSizes& s, const float* left, int a_count, const float* right,
+                           int b_count, float factor = 1.0f) {
   const int whole = s.positions & ~3;
   for (int i = threadIdx.x; i < a_count * b_count; i += blockDim.x) {
     const int a = i / b_count, b = i % b_count;
@@ -65,7 +65,7 @@ DNL_DEVICE void outer(float* to, int step, const LayerSizes& s, const float* lef
 }
 
 // to[a] = sum_n row_a[n], a warp for each row.
-DNL_DEVICE void row_sums(float* to, const LayerSizes& s, const float* rows, int count) {
+DNL_DEVICE_CALL void row_sums(float* to, const LayerSizes& s, const float* rows, int count) {
   for (int a = threadIdx.x / 32; a < count; a += blockDim.x / 32) {
     float sum = 0;
     for (int n = threadIdx.x % 32; n < s.positions; n += 32) sum += rows[a * s.stride + n];
@@ -199,6 +199,7 @@ DNL_DEVICE_CALL void head_gradient(const LayerBackward& p, int head, float* shar
     const float shift[4] = {shifts[n], shifts[n], shifts[n], shifts[n]};
     const float delta[4] = {deltas[n], deltas[n], deltas[n], deltas[n]};
     float rho = 0;
+#pragma unroll 1
     for (int j = 0; j < s.positions; j += 4) {
       float weight[4], ds[4];
       scores4(weight, s, a, k, j, factor);
@@ -218,12 +219,13 @@ DNL_DEVICE_CALL void head_gradient(const LayerBackward& p, int head, float* shar
   __syncthreads();
   if (!gaussian) projection_gradient(p, kQueryWeight, head, t, s.query, y);
   if (float* to = gradient(p, kRho)) row_sums(to + head, s, drho, 1);
-  // Keys and values: this column of k and v is read by its own thread only, so dk and dv take their place; the Gaussian's
+  // Keys and values: a column of k and v is read by its own thread only, so dk and dv take their place; the Gaussian's
   // dk joins dq.
   for (int n = threadIdx.x; n < s.positions; n += blockDim.x) {
     float b[kLayerWidth], c[kLayerWidth], dk[kLayerWidth] = {}, dv[kLayerWidth] = {};
     take(b, k + n, s.stride, s.query4);
     take(c, v + n, s.stride, s.value4);
+#pragma unroll 1
     for (int j = 0; j < s.positions; j += 4) {
       float weight[4], ds[4];
       scores4(weight, s, b, q, j, factor);

@@ -95,7 +95,8 @@ Prepared prepare(Params& p, const std::vector<Tensor>& states, const Optional& s
                               s.result, s.result, s.width * s.skip, s.width};
   for (int i = 0; i < kLayerParameters; i++)
     DNL_CHECK(numel(i, expected[i]), "dnl_layer: parameter ", i, " has the wrong number of elements");
-  DNL_CHECK((s.kernel == LayerKernel::gaussian) == !!parameters[kRho] && !parameters[kRho] == !!parameters[kKeyWeight] &&
+  DNL_CHECK((s.kernel == LayerKernel::gaussian) == !!parameters[kRho] &&
+                !parameters[kRho] == !!parameters[kKeyWeight] &&
                 skip_input.has_value() == parameters[kSkipWeight].has_value() && (!residual || s.result == s.width),
             "dnl_layer: parameters do not fit the kernel");
   return r;
@@ -106,7 +107,7 @@ bool wide(const Tensor& t, const Prepared& in) {
 }
 
 #define DNL_LAYER_ARGUMENTS                                                                                        \
-  const std::vector<Tensor>&states, const Optional &skip_input, const Tensor &affine_weight,                       \
+  const std::vector<Tensor>&states, const Optional &skip_input, const Tensor &affine_weight,                        \
       const Optional &affine_bias, const Optional &norm_scale, const Optional &norm_shift, const Tensor &query_weight, \
       const Optional &query_bias, const Optional &key_weight, const Optional &key_bias, const Tensor &value_weight, \
       const Optional &value_bias, const Tensor &output_weight, const Optional &output_bias, const Optional &rho,     \

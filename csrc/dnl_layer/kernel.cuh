@@ -1,7 +1,7 @@
 // dnl_layer on a GPU, forward: a block of threads makes one sample, from the states to the result, in shared memory.
 //
-// Between the states and the result every quantity is a row of floats for each channel, with a column for each position.
-// A thread owns the columns threadIdx.x, + blockDim.x, ..: what it alone reads and writes needs no barrier. Only keys
+// Between the states and the result a quantity is a row of floats for each channel, with a column for each position. A
+// thread owns the columns threadIdx.x, + blockDim.x, ..: what it alone reads and writes needs no barrier. Only keys
 // and values (in the backward pass also queries and their gradients) are read across columns. Scores are in base 2.
 #pragma once
 #include "common/activation.cuh"
@@ -74,6 +74,7 @@ DNL_DEVICE float4 read4(const float* p) { return *reinterpret_cast<const float4*
 // row_r[n] += sum_d w[r, d] in[d]; w is [rows, width], width <= kMax a multiple of 4.
 template <int kMax>
 DNL_DEVICE void scatter(float* column, int stride, int rows, const float* w, int width, const float (&in)[kMax]) {
+#pragma unroll 1
   for (int r = 0; r < rows; r++, w += width) {
     float sum = column[r * stride];
 #pragma unroll
@@ -92,6 +93,7 @@ DNL_DEVICE void gather(float (&out)[kMax], const float* column, int stride, int 
                        const float* bias) {
 #pragma unroll
   for (int d = 0; d < kMax; d++) out[d] = bias && d < width ? bias[d] : 0.0f;
+#pragma unroll 1
   for (int r = 0; r < rows; r++, w += width) {
     const float x = column[r * stride];
 #pragma unroll
@@ -322,6 +324,7 @@ DNL_DEVICE float attend(float (&o)[kLayerWidth], const LayerSizes& s, const floa
   float highest = exponential ? -INFINITY : 0.0f, total = 0;
 #pragma unroll
   for (int e = 0; e < kLayerWidth; e++) o[e] = 0;
+#pragma unroll 1
   for (int j = 0; j < s.positions; j += 4) {
     float w[4];
     scores4(w, s, q, k, j, factor);

@@ -34,8 +34,8 @@ def run(tensors, backend, **keywords):
 def check(tensors, together=False, factor=2.0, **keywords):
     """Everything within the budget; `together`: of all gradients at once, where some vanish but for rounding.
 
-    dbandwidth is one number, a sum over all pairs whose terms cancel: eager's own error there is small by chance as often
-    as not. Over 12 draws of a case the median of ours / eager is 0.1 to 3.1, the largest 22."""
+    dbandwidth is one number, a sum over all pairs whose terms cancel: eager's own error there is small by chance as
+    often as not. Over 12 draws of a case the median of ours / eager is 0.1 to 3.1, the largest 22."""
     out, grads = run(tensors, "cpu", **keywords)
     eager, eager_grads = run(tensors, "reference", **keywords)
     exact, exact_grads = run([None if t is None else t.double() for t in tensors], "reference", **keywords)
