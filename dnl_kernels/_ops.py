@@ -109,9 +109,7 @@ def _dnl_block_bwd(
     )
 
 
-def _dnl_bottleneck_fwd(
-    x0, tensors, keep, connectivity, growth_rate, bottleneck, norm, training, activation, tau, eps
-):
+def _dnl_bottleneck_fwd(x0, tensors, keep, connectivity, growth_rate, bottleneck, norm, training, activation, tau, eps):
     batch, in_channels, height, width = x0.shape
     layers, wide = _layers(connectivity), growth_rate * bottleneck
     channels, measured = in_channels + layers * growth_rate, norm and training

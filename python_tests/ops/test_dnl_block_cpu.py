@@ -417,7 +417,9 @@ def test_registered_operators():
     for shape in ((2, 3, 4), (1, 23, 23)):
         config, x = BOTTLENECKS["bc"], torch.randn(shape[0], 5, *shape[1:], dtype=torch.float64)
         layers = parameters_of(config, torch.float64)
-        tensors = [None if "mean" in n or "var" in n else getattr(p, n).detach() for p in layers for n in bottleneck.NAMES]
+        tensors = [
+            None if "mean" in n or "var" in n else getattr(p, n).detach() for p in layers for n in bottleneck.NAMES
+        ]
         arguments = (x, tensors, True, *bottleneck._static(config))
         torch.library.opcheck(torch.ops.dnl.dnl_bottleneck_fwd.default, arguments)
         states, *extra = _backend.kernel("cpu", "dnl_bottleneck_fwd")(*arguments)
