@@ -44,7 +44,7 @@ def dnl_block(
     x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig
 ) -> tuple[Tensor, Statistics | None]:
     if config.training:  # running statistics are not read, and the caller updates them before the backward pass
-        none = dict.fromkeys((name for name in NAMES if name not in TRAINABLE))
+        none = dict.fromkeys(name for name in NAMES if name not in TRAINABLE)
         parameters = [p._replace(**none) for p in parameters]
     tensors = [getattr(p, name) for p in parameters for name in NAMES]
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
