@@ -142,7 +142,7 @@ class _Run:
         return rows.view(channels, self.batch, self.height, self.width).transpose(0, 1)
 
     def chunks(self, layer: int) -> Iterator[tuple[slice, Any, Tensor]]:
-        """Some images, their part of a [B, C, H * W] or [C, B * H * W], and a buffer for what the layer reads."""
+        """Some images, their part of [B, C, H * W] or [C, B * H * W], and a buffer for what the layer reads of them."""
         channels = self.config.layer_channels(layer)
         z = self.buffer[: channels * self.columns].view(channels, self.columns)
         if self.single:
