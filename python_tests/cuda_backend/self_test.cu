@@ -120,6 +120,23 @@ static void fragments(const uint16_t* matrices, uint32_t* plain, uint32_t* trans
   store_global(lanes + 128 + lane, static_cast<uint32_t>(__syncthreads_count(lane < 7)));
 }
 
+// Lane l copies 16 bytes of row 31 - l to row l by cp.async, zeros where l is a multiple of 3; then ldmatrix of one matrix,
+// and of two, transposed, from the rows.
+static void copies(const uint16_t* from, uint16_t* to, uint32_t* one, uint32_t* two) {
+  DNL_SHARED(uint16_t, rows, 256);
+  const int lane = threadIdx.x;
+  cp_async16(rows + lane * 8, from + (31 - lane) * 8, lane % 3 != 0);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncwarp();
+  for (int i = 0; i < 8; i++) store_global(to + lane * 8 + i, rows[lane * 8 + i]);
+  uint32_t f[1], g[2];
+  ldmatrix(f, rows + lane % 8 * 8);
+  ldmatrix<2, true>(g, rows + lane % 16 * 8);
+  store_global(one + lane, f[0]);
+  for (int i = 0; i < 2; i++) store_global(two + lane * 2 + i, g[i]);
+}
+
 // d = a b + d from fragments as they are: a [32][4], b [32][2], d [32][4].
 template <class T>
 static void one_mma(const uint32_t* a, const uint32_t* b, float* d) {
@@ -162,6 +179,9 @@ DNL_EXPORT run_fragments(const uint16_t* matrices, uint32_t* plain, uint32_t* tr
   return caught([&] {
     emulator::launch("fragments", 1, 32, 64 * stride, [&] { fragments(matrices, plain, transposed, lanes, stride); });
   });
+}
+DNL_EXPORT run_copies(const uint16_t* from, uint16_t* to, uint32_t* one, uint32_t* two) {
+  return caught([&] { emulator::launch("copies", 1, 32, 0, [&] { copies(from, to, one, two); }); });
 }
 DNL_EXPORT run_mma(const uint32_t* a, const uint32_t* b, float* d, int bf16) {
   return caught([&] {

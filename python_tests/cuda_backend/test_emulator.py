@@ -76,6 +76,23 @@ def test_ldmatrix_fragments_follow_the_ptx_manual(emulator):
             assert transposed[4 * lane + i] == element(column, row) | element(column + 1, row) << 16
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES[:3], ids=lambda s: s.async_copy)
+def test_cp_async_and_the_smaller_ldmatrix_follow_the_ptx_manual(emulator, schedule):
+    """cp.async: the calling thread's 16 bytes, zeros beyond src-size; ldmatrix .x1 takes the addresses of lanes 0 to 7,
+    .x2 of lanes 0 to 15."""
+    emulator.configure(schedule)
+    values = random.Random(4).sample(range(1 << 16), 256)
+    to, one, two = array.array("H", [1] * 256), array.array("I", [0] * 32), array.array("I", [0] * 64)
+    assert emulator.library.run_copies(*map(pointer, (array.array("H", values), to, one, two))) is None
+    rows = [[0] * 8 if row % 3 == 0 else values[8 * (31 - row) : 8 * (31 - row) + 8] for row in range(32)]
+    assert to.tolist() == [value for row in rows for value in row]
+    for lane in range(32):
+        row, column = lane // 4, 2 * (lane % 4)
+        assert one[lane] == rows[row][column] | rows[row][column + 1] << 16
+        for i in range(2):
+            assert two[2 * lane + i] == rows[8 * i + column][row] | rows[8 * i + column + 1][row] << 16
+
+
 def test_votes_and_shuffles(emulator):
     _, _, (vote, up, down, index, count) = fragments(emulator)
     assert vote == [sum(1 << i for i in range(0, 32, 3))] * 32
