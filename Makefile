@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One process per core and one thread each, asleep while they wait; tests that are about threads ask for them.
 PARALLEL := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+# What `build` compiles CUDA code for: nvcc takes minutes per kernel, and no test here runs on a GPU. `cuda-check` and an
+# installation compile for every architecture.
+export DNL_CUDA_ARCH_LIST ?= 8.0
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 .PHONY: help demo test lint bench bench-smoke build sanitize install-check cuda-check mutation-check test-gpu bench-gpu clean
@@ -46,8 +49,8 @@ cuda-check: $(READY) ## compile every GPU kernel without a GPU, count traffic, a
 	TRITON_INTERPRET=1 $(BIN)/python -m dnl_kernels.testing.triton_traffic --markdown docs/gpu/triton-traffic.md
 	$(BIN)/python -c "from dnl_kernels import _builder; raise SystemExit(not _builder.nvcc())" || \
 	$(BIN)/python -m pip install --quiet --editable '.[cuda-check]'
-	$(BIN)/python dnl_kernels/_builder.py
-	$(BIN)/python -m dnl_kernels.testing.cuda_gate
+	DNL_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0+PTX" $(BIN)/python dnl_kernels/_builder.py
+	$(BIN)/python -m dnl_kernels.testing.cuda_gate --markdown docs/gpu/cuda-compile.md
 
 mutation-check: build ## break the Triton kernels on purpose and see their tests fail
 	$(BIN)/python python_tests/triton_backend/mutations.py
