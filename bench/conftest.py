@@ -34,7 +34,7 @@ def record(benchmark, request):
 
     def run(case: Case, seconds: float = 3.0):
         torch.manual_seed(0)
-        row = measure(case, seconds)
+        row = measure(case, float(os.environ.get("DNL_BENCH_SECONDS", seconds)))
         benchmark.extra_info.update(row)
         ours = list(steps(case.ways["ours"], case.train).values())[-1]
         benchmark.pedantic(ours, rounds=1 if SMOKE else 3)

@@ -80,7 +80,7 @@ def _nonlocal_attention(kernel):
 
         named = dict(zip(("query", "key", "value", "bandwidth"), tensors, strict=True))
         # Of large scores the error is chance: over eight draws 5e-6 to 2e-4, alike for eager and every kernel.
-        return Call(_given(named), run, {"": case.factor * (2 if case.spread > 1 else 1), "bandwidth": 10.0})
+        return Call(_given(named), run, {"": case.factor * (4 if case.spread > 1 else 1), "bandwidth": 10.0})
 
     return make
 

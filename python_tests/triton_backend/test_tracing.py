@@ -52,7 +52,9 @@ def test_compile_without_a_graph_break(op):
     mode = FakeTensorMode()
     leaves = fake_leaves(op, mode)
     with mode:
-        output = torch.compile(lambda *x: op.call(*x, backend="triton"), backend=backend, fullgraph=True)(*leaves)
+        output = torch.compile(
+            lambda *x: op.call(*x, backend="triton"), backend=backend, fullgraph=True, dynamic=False
+        )(*leaves)
     assert len(found) == 1 and output.device.type == "cuda"
 
 

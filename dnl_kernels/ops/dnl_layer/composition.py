@@ -49,7 +49,10 @@ def non_local(y: Tensor, theta: NonLocalParameters, kernel: str, heads: int, bac
     if kernel == "local":
         return y
     if kernel != "dot" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-        chosen = _backend.select("nonlocal_attention", backend, y)
+        assert theta.query_weight is not None and theta.value_weight is not None
+        widths = (weight.shape[0] // heads for weight in (theta.query_weight, theta.value_weight))
+        facts = dict(zip(("width", "value_width"), widths, strict=True))
+        chosen = _backend.select("nonlocal_attention", backend, y, **facts)
         if chosen != "reference" and y.device.type != "meta":
             return projected.non_local(y, theta, projected.Config(kernel, heads, y.dim() == 4, chosen))
     return composed_non_local(y, theta, kernel, heads, backend)

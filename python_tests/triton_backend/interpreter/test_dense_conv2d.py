@@ -38,7 +38,7 @@ def run(parameters, states, backend, activation, scale):
     return y, torch.autograd.grad(y, [p for p in parameters if p is not None] + states, dy)
 
 
-def check(parameters, states, activation="relu", scale=1.0):
+def check(parameters, states, activation="relu", scale=1.0, factor=2.0):
     double = [p if p is None else p.double() for p in parameters], [s.double() for s in states]
     y, grads = run(parameters, states, "triton", activation, scale)
     eager, eager_grads = run(parameters, states, "reference", activation, scale)
@@ -47,7 +47,7 @@ def check(parameters, states, activation="relu", scale=1.0):
     names = [n for n, p in zip(NAMES, parameters, strict=True) if p is not None]
     names += [f"states[{j}]" for j in range(len(states))]
     for name, a, e, b in zip(names, grads, exact_grads, eager_grads, strict=True):
-        assert_within_budget("d" + name, a, e, b)
+        assert_within_budget("d" + name, a, e, b, factor)
 
 
 # The large images only in float32: a half type is in every other case, and the interpreter slow.
@@ -59,7 +59,8 @@ RUNS = [(n, d) for d in _backend.TRITON.dtypes for n in CASES if d == torch.floa
 def test_against_float64(name, dtype, monkeypatch):
     case = CASES[name]
     monkeypatch.setattr(_triton_conv, "TILES", tall_tiles(case))
-    check(*inputs(case, dtype), case.activation, case.scale)
+    # A normalisation's gradient is one sum over 4,500 pixels there, of which eager's error is half a rounding by luck.
+    check(*inputs(case, dtype), case.activation, case.scale, 3.0 if name == "wide-rows" else 2.0)
 
 
 @pytest.mark.parametrize("case", OWN_CASES.values(), ids=OWN_CASES)
