@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,16 +100,16 @@ def nonlocal_attention_rows() -> Iterator[Row]:
         ("softmax D256", 256, torch.bfloat16, False),
     ):
         x = torch.zeros((B, 1, D, N) if channels_first else (B, 1, N, D), dtype=dtype)
-        static = (1.0, True, False, channels_first)
+        static: Any = (1.0, True, False, channels_first)
         rows = torch.zeros(B, 1, N)
         size, row = nbytes(x), nbytes(rows)
         tiles = [kernels.config(name, dtype.itemsize, D) for name in ("forward", "query", "key")]
         passes = [-(-N // n) for n in (tiles[0].queries, tiles[1].queries, tiles[2].keys)]
 
-        def forward(x=x, static=static):
+        def forward(x=x, static: Any = static):
             kernels.nonlocal_attention_fwd(x, x.clone(), x.clone(), None, None, *static)
 
-        def backward(x=x, rows=rows, static=static):
+        def backward(x=x, rows=rows, static: Any = static):
             kernels.nonlocal_attention_bwd(x, x, x, x, None, None, x, rows, rows + 1, *static, False)
 
         flash = 2 * size + 2 * row + passes[0] * 2 * size

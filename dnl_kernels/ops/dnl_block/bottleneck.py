@@ -253,7 +253,7 @@ def dnl_bottleneck_fwd(x0, tensors, keep, *static):
     count, growth = config.num_layers, config.growth_rate
     states = x0.new_empty((batch, width + count * growth, height, columns), dtype=dtype)
     states[:, :width] = x0
-    wide = growth * config.bottleneck
+    wide = growth * (config.bottleneck or 1)
     layers = _layers(tensors, count)
     inner = states.new_empty(count if keep else 1, wide * batch * height * columns)
     run = _Run(config, states, inner, layers)
@@ -318,7 +318,7 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
                 run.planes(run.output(layer)), factor * inner_norm.rate * dinner_gamma, inner_norm.mean,
                 factor * plain, run.planes(dy),
             )  # fmt: skip
-        gradients = {
+        gradients: dict[str, Any] = {
             "affine_bias": None if p.affine_bias is None else dy.sum((0, 2) if run.single else 1),
             "inner_weight": dinner_weight, "inner_norm_weight": dinner_gamma, "inner_norm_bias": plain,
         }  # fmt: skip
@@ -345,7 +345,7 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
                     sums[channels].add_(of[rows], alpha=share)
         dweight = dweight if config.tau == 1 else dweight * config.tau
         gradients |= {"affine_weight": dweight.view_as(p.affine_weight), "norm_weight": dgamma, "norm_bias": dbeta}
-        given = [getattr(p, name) for name in TRAINABLE]
+        given: list[Any] = [getattr(p, name) for name in TRAINABLE]
         found.append([
             states.new_empty(0) if t is None else gradients[name].to(t.dtype)
             for name, t in zip(TRAINABLE, given, strict=True)

@@ -4,7 +4,7 @@ read once and nothing but the result is written; backward computes everything ag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,8 @@ def shared_memory(device: torch.device) -> int:
     """What a block may have."""
     if device.type != "cuda":
         return SMALLEST_SHARED_MEMORY
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks it
+    return properties.shared_memory_per_block_optin
 
 
 def limit(states: Sequence[Tensor], named: dict[str, Tensor | None], config: LayerConfig) -> str | None:

@@ -582,7 +582,7 @@ def nonlocal_attention_bwd(
             *call.tensors, doutput, shift, sum, drift, dkey, dvalue, *call.strides, strides[0], *strides[3:],
             **call.constants, **tiles,
         )  # fmt: skip
-    if not need_bandwidth:
+    if not need_bandwidth or moments is None or bandwidth is None:
         return dquery, dkey, dvalue, shift.new_empty(0)
     # d s_ij / d bandwidth = -2 s_ij / bandwidth, up to a constant of the row, whose deltas sum to zero if it is not.
     dbandwidth = moments.sum((0, 2), dtype=torch.float64) * (-2 / LOG2E.value) / bandwidth.double()
