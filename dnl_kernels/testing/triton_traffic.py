@@ -110,7 +110,8 @@ def nonlocal_attention_rows() -> Iterator[Row]:
             kernels.nonlocal_attention_fwd(x, x.clone(), x.clone(), None, None, *static)
 
         def backward(x=x, rows=rows, static: Any = static):
-            kernels.nonlocal_attention_bwd(x, x, x, x, None, None, x, rows, rows + 1, *static, False)
+            arguments: Any = (x, x, x, x, None, None, x, rows, rows + 1, *static, False)
+            kernels.nonlocal_attention_bwd(*arguments)
 
         flash = 2 * size + 2 * row + passes[0] * 2 * size
         yield measure("nonlocal_attention", case, "forward", dtype, forward, flash, 1.05, "flash formula of the tiles")
