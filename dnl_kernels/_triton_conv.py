@@ -382,7 +382,7 @@ class Tile(NamedTuple):
 # Half types multiply on tensor cores. float32 does so only in tf32, and else in registers, which want smaller tiles.
 TILES = {
     "accumulate": {2: Tile(64, 64, 32, 4), 4: Tile(64, 64, 16, 8)},
-    "pull": {2: Tile(64, 64, 32, 4), 4: Tile(64, 32, 32, 4)},
+    "pull": {2: Tile(64, 64, 32, 4), 4: Tile(64, 32, 16, 4)},
     "weight": {2: Tile(64, 64, 32, 4), 4: Tile(32, 32, 16, 4)},
 }
 
