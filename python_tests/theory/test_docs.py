@@ -58,7 +58,8 @@ def test_learning_is_current(name, build):
     for result in record(name):
         p = float(result["problem"].split("p = ")[1].split(",")[0])
         row = result["rows"][0]
-        starts = build(p=p).minimize(row["layers"], restarts=3, seed=1).starts
+        first = result["problem"].rsplit(maxsplit=1)[1]
+        starts = build(p=p, first=first).minimize(row["layers"], restarts=3, seed=1).starts
         known = [*row["branches"], *row.get("independent_starts", ())]
         assert all(any(abs(value - other) < 1e-9 for other in known) for value in starts)
 
