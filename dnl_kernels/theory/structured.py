@@ -14,7 +14,8 @@ from torch import Tensor
 from ._checks import check_tensor
 from .depth import DepthKernel, History, StateBuffer
 
-NEAR = 64  # Toeplitz: states summed directly; below it an FFT is slower than the product
+NEAR = 64  # Toeplitz: states summed by products; below it an FFT is slower
+STRIDE = 8  # Toeplitz: rows that share one product over the earlier states of their NEAR
 FAN_OUT = 16  # Toeplitz: each level's blocks are this many times longer than the level's below
 
 
@@ -156,7 +157,8 @@ class _ToeplitzHistory:
 
     Level v cuts the rows into blocks of B_v = NEAR * FAN_OUT^v. When a row block begins, the completed blocks of the
     same parent are already known, and their contribution to the whole row block is a sum of circular convolutions of
-    length 2 B_v; the newest rows, below NEAR, are summed directly. Each state is transformed once per level.
+    length 2 B_v; each state is transformed once per level. The newest states, below NEAR, are summed by one product
+    per STRIDE rows, and the last of them, below STRIDE, by one per row.
     """
 
     def __init__(self, kernel: ToeplitzKernel, times: Tensor):
@@ -164,7 +166,7 @@ class _ToeplitzHistory:
         if bool(((steps - steps[0]).abs() > 1e-9 * steps[0]).any()):
             raise ValueError("times must be a uniform grid for a Toeplitz kernel (K depends on t - s by index)")
         weights = kernel.profile(times - times[0])  # [m, R], by lag
-        self.reversed = weights.flip(0).transpose(0, 1).contiguous()
+        self.near = _Near(weights)
         matrices = kernel.matrices.to(times)
         self.mix = matrices.transpose(1, 2).reshape(-1, matrices.shape[1])
         self.states = StateBuffer(times.numel())
@@ -174,12 +176,10 @@ class _ToeplitzHistory:
         self.states.append(state)
 
     def total(self, row: int) -> Tensor:
-        first, known = row - row % NEAR, len(self.states)
-        parts = [rows for level in self.levels if (rows := level.far(row, self.states)) is not None]
-        if known > first:
-            near = self.states.stacked(first, known)
-            lag = self.reversed.shape[1] - 1 - row  # the column of lag row - j is this plus j
-            parts.append((self.reversed[:, lag + first : lag + known] @ near.flatten(1)).reshape(-1, *near.shape[1:]))
+        levels = [self.near, *self.levels]
+        parts = [rows for level in levels if (rows := level.far(row, self.states)) is not None]
+        if (newest := self.near.newest(row, self.states)) is not None:
+            parts.append(newest)
         sums = parts[0]  # [R, B, d]
         for part in parts[1:]:
             sums = sums + part
@@ -192,6 +192,40 @@ def _depth(count: int) -> int:
     while size < count:
         levels, size = levels + 1, size * FAN_OUT
     return levels
+
+
+class _Near:
+    """The states of the row's NEAR: those before its STRIDE for all rows of it at once, the others row by row."""
+
+    def __init__(self, weights: Tensor):
+        # By offset o of a STRIDE in its NEAR: k at lag o + i - j for rows i and states j < o, [STRIDE * R, o].
+        self.rank, self.reversed = weights.shape[1], weights.flip(0).transpose(0, 1).contiguous()
+        row = torch.arange(STRIDE, device=weights.device)[:, None]
+        lags = [o + row - torch.arange(o, device=weights.device) for o in range(0, NEAR, STRIDE)]
+        last = weights.shape[0] - 1  # rows beyond the last are computed with any weight and never asked for
+        self.products = [weights[lag.clamp_max(last)].transpose(1, 2).flatten(0, 1) for lag in lags]
+        self.block = -1
+        self.rows: Tensor | None = None
+
+    def far(self, row: int, states: StateBuffer) -> Tensor | None:
+        if row // STRIDE != self.block:
+            self.block, offset = row // STRIDE, row % NEAR - row % STRIDE
+            self.rows = None
+            if offset:
+                start = row - row % NEAR
+                known = states.stacked(start, start + offset)
+                product = self.products[offset // STRIDE] @ known.flatten(1)
+                self.rows = product.reshape(STRIDE, self.rank, *known.shape[1:])
+        return None if self.rows is None else self.rows[row % STRIDE]
+
+    def newest(self, row: int, states: StateBuffer) -> Tensor | None:
+        first, known = row - row % STRIDE, len(states)
+        if known == first:
+            return None
+        newest = states.stacked(first, known)
+        lag = self.reversed.shape[1] - 1 - row  # the column of lag row - j is this plus j
+        weights = self.reversed[:, lag + first : lag + known]
+        return (weights @ newest.flatten(1)).reshape(self.rank, *newest.shape[1:])
 
 
 class _Level:
@@ -208,6 +242,7 @@ class _Level:
         ]
         # [F, R, distances], the largest distance first: its last n columns belong to n blocks in their order.
         self.kernels = torch.stack(segments[::-1], 2) if segments else None
+        self.capacity = len(segments)  # the last block of a parent is nobody's past in it
         self.block = self.parent = -1
         self.spectra: list[Tensor] = []
         self.buffer: Tensor | None = None
@@ -244,7 +279,7 @@ class _Level:
             self.spectra.append(spectrum)
             return
         if self.buffer is None:
-            self.buffer = spectrum.new_zeros(spectrum.shape[0], FAN_OUT, spectrum.shape[1])
+            self.buffer = spectrum.new_empty(spectrum.shape[0], self.capacity, spectrum.shape[1])
         index = len(self.spectra)
         self.buffer[:, index] = spectrum
         self.spectra.append(self.buffer[:, index])

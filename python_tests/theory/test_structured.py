@@ -72,6 +72,7 @@ def test_equal_to_the_dense_recursion(kind, scheme):
 def test_two_levels_of_fft_blocks(monkeypatch):
     """Small blocks make three levels out of 600 layers, with parents that end in between."""
     monkeypatch.setattr(structured_module, "NEAR", 4)
+    monkeypatch.setattr(structured_module, "STRIDE", 2)
     monkeypatch.setattr(structured_module, "FAN_OUT", 4)
     d, phi = 2, LayerMap()
     K, b = toeplitz(d)
