@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # One process per core and one thread each, asleep while they wait; tests that are about threads ask for them.
 PARALLEL := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+# One worker more than there are cores: tests of several processes mostly wait.
+WORKERS := $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")
 # What `build` compiles CUDA code for: nvcc takes minutes per kernel, and no test here runs on a GPU. `cuda-check` and an
 # installation compile for every architecture.
 export DNL_CUDA_ARCH_LIST ?= 8.0
@@ -27,8 +29,8 @@ demo: build ## train the paper's depth sweep on digits (CPU, a few minutes)
 	$(BIN)/dnl train --dataset digits --depths 2 4 8 16 --epochs 6 --repeats 2 --out out/demo --resume
 
 test: build ## the whole test suite; Triton's kernels interpreted in a process of their own
-	$(PARALLEL) $(BIN)/python -m pytest --numprocesses auto --dist loadfile
-	$(PARALLEL) TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto python_tests/triton_backend/interpreter
+	$(PARALLEL) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(PARALLEL) TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) python_tests/triton_backend/interpreter
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ def test_gradcheck(op):
 def test_forward_mode_and_double_backward(op):
     leaves = leaves_of(op)
     assert torch.autograd.gradcheck(op.call, leaves, check_forward_ad=True, check_backward_ad=False)
-    assert torch.autograd.gradgradcheck(op.call, leaves)
+    assert torch.autograd.gradgradcheck(op.call, leaves, fast_mode=True)  # along random directions: a tenth of the time
 
 
 @every_operator
