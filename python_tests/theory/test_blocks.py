@@ -95,6 +95,23 @@ def kron(P, positions):
     return theory.DiscreteParameters(spread(P.A), spread(P.a), spread(P.K), spread(P.b), P.vartheta)
 
 
+@pytest.mark.parametrize("p", [2, 4])
+def test_the_regularizer_of_a_triangle_without_the_inputs_column(p):
+    """An input of another width: K's triangle starts at j = 1, and its differences are still those of step 1 / L."""
+    layers, inputs, growth = 5, 3, 2
+    block = make(layers, inputs, growth, affine="conv1x1", norm=None)
+    K = {
+        (i, j): layers * block.config.tau * layer.affine.weight[:, inputs + (j - 1) * growth :][:, :growth]
+        for i, layer in enumerate(block.layers)
+        for j in range(1, i + 1)
+    }
+    rises = [K[i + 1, j] - K[i, j] for i, j in K if i + 1 < layers] + [K[i, j + 1] - K[i, j] for i, j in K if j < i]
+    expected = sum((1 if i == j else 2) * k.norm() ** p for (i, j), k in K.items())
+    expected += sum(2 * (rise * layers).norm() ** p for rise in rises)
+    only = dict.fromkeys("Aab", 0.0) | {"vartheta": 0.0, "K": 1.0}
+    assert theory.regularizer(block, p, only).item() == pytest.approx(expected.item() / layers**2, rel=1e-12)
+
+
 @pytest.mark.parametrize("backend", [None, "reference", "cpu"])
 @pytest.mark.parametrize(
     ("kernel", "options"),

@@ -126,13 +126,13 @@ def test_row_growth_is_attained():
 
 
 def test_corollary_5_and_proposition_3_written_out():
-    """Constant A, a, b and K = 2 t - s, local tanh in one dimension: every piece by hand."""
+    """Constant A, linear a, b and K = (2 t - s) / 8, local tanh in one dimension: every piece by hand."""
     one = torch.ones_like
     curves = ParameterCurves(
         lambda t: 0.5 * one(t)[..., None, None],
         lambda t: (0.25 + 0.1 * t)[..., None],
         lambda t, s: (2 * t - s)[..., None, None] / 8,
-        lambda t, s: 0.125 * one(t)[..., None],
+        lambda t, s: (0.1 + 0.025 * t)[..., None],
         dim=1,
     )
     x, phi = torch.tensor([2.0], dtype=torch.float64), LayerMap()
@@ -140,9 +140,9 @@ def test_corollary_5_and_proposition_3_written_out():
     bound = theory.trajectory_bound(curves, x, phi)
     assert (bound.F, bound.k, bound.sup) == pytest.approx((F, k, F * math.exp(k)), rel=1e-13)
     found = theory.convergence_constant(curves, x, phi, sup_state=2.0)
-    L_K, X = 0.25, 2.0
-    L_x = 0.1 + k * X + 0.125 + L_K * X
-    C1 = 0.1 + 2 * L_K * X + k * L_x
+    L_K, L_b, X = 0.25, 0.025, 2.0
+    L_x = 0.1 + k * X + 0.125 + L_K * X + L_b
+    C1 = 0.1 + 2 * L_K * X + 2 * L_b + k * L_x
     gap = 2 - math.tanh(0.5 * 2 + 0.25)
     assert found.trajectory_lipschitz == pytest.approx(L_x, rel=1e-12)
     assert found.start_gap == pytest.approx(gap, rel=1e-12)
