@@ -39,7 +39,7 @@ def _forward(config, tensors):
     return (_reference(config, tensors),)
 
 
-def _backward(config, dy, tensors, extra, needs):
+def backward(config, dy, tensors, extra, needs):
     x, scale, shift = tensors
     others = [d for d in range(x.dim()) if d != config.axis % x.dim()]
     dpre = ACTIVATIONS[config.activation].gradient(wide(dy), _pre(x, scale, shift, config.axis))
@@ -50,7 +50,7 @@ def _backward(config, dy, tensors, extra, needs):
     )
 
 
-_function = differentiable(_forward, _backward, _reference)
+_function = differentiable(_forward, backward, _reference)
 
 
 def normalise_activate(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str, axis: int) -> Tensor:

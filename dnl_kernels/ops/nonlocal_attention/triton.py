@@ -62,8 +62,8 @@ def _positions(first, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _centred(x, CENTRE, bh, KIND: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    if KIND != "softmax":
+def _centred(x, CENTRE, bh, D: tl.constexpr, BLOCK: tl.constexpr):
+    if CENTRE is not None:
         feature = tl.arange(0, BLOCK)
         centre = tl.load(CENTRE + bh.to(tl.int64) * D + feature, mask=feature < D, other=0.0)
         x = (x.to(tl.float32) - centre[None, :]).to(x.dtype)
@@ -149,7 +149,7 @@ def _fold_keys(
         if KIND == "distance":
             s = _minus_square_distances(Q, q_strides, i, i_exists, K, k_strides, j, seen, D) * (0.5 * factor)
         else:
-            k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+            k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
             s = tl.dot(_reread(q, j0 < last, TENSOR_CORES), tl.trans(k), input_precision=PRECISION) * factor
             if KIND == "gaussian":
                 s += _bias(k, factor)[None, :]
@@ -194,7 +194,7 @@ def nonlocal_fwd_kernel(
     factor = _factor(BANDWIDTH, h, scale, KIND)
     q = i
     if KIND != "distance":
-        q = _centred(_load(Q, q_strides, i, i_exists, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+        q = _centred(_load(Q, q_strides, i, i_exists, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
     out = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
@@ -245,7 +245,7 @@ def _pull_keys(
     for j0 in range(first, last, BLOCK_N):
         j = _positions(j0, BLOCK_N, WIDE)
         seen = _seen_keys(MASK, b, j, M) if MASKED else j >= 0
-        k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+        k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
         if KIND == "distance":
             s = _minus_square_distances(Q, q_strides, i, i_exists, K, k_strides, j, seen, D) * (0.5 * factor)
         else:
@@ -298,7 +298,7 @@ def nonlocal_bwd_query_kernel(
         out = _load(_at(OUT, out_strides, b, h), out_strides, i, i_exists, E, BLOCK_E)
         drift = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
         tl.store(DRIFT + row, drift, mask=i_exists)
-    q = _centred(_load(Q, q_strides, i, i_exists, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+    q = _centred(_load(Q, q_strides, i, i_exists, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     moment = tl.zeros((BLOCK_M,), tl.float32)
@@ -342,7 +342,7 @@ def _pull_queries(
         row = bh.to(tl.int64) * N + i
         shift = tl.load(SHIFT + row, mask=exists, other=0.0)
         inverse = _inverse(tl.load(SUM + row, mask=exists, other=0.0))
-        q = _centred(_load(Q, q_strides, i, exists, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+        q = _centred(_load(Q, q_strides, i, exists, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
         if KIND == "distance":
             s = _minus_square_distances(K, k_strides, j, j_seen, Q, q_strides, i, exists, D) * (0.5 * factor)
         else:
@@ -385,7 +385,7 @@ def nonlocal_bwd_key_kernel(
     j_exists = j < M
     seen = _seen_keys(MASK, b, j, M)
     factor = _factor(BANDWIDTH, h, scale, KIND)
-    k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+    k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
     v = _load(V, v_strides, j, seen, E, BLOCK_E)
     bias = _bias(k, factor)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
