@@ -123,12 +123,11 @@ def dnl_layer(
         skip,
         config,
     )
-    chosen = _backend.select(OP, backend, states[0], states=states, named=named, config=config)
+    chosen = fused.choose(states, named, config, backend)
     with outside_autocast(states[0]):
         if backend == "reference":
             return reference.dnl_layer(*arguments)
-        fits = chosen == "triton" and fused.triton_limit(states, named, config) is None
-        if fits or chosen.startswith("cuda"):
+        if chosen is not None:
             return fused.dnl_layer(states, named, config, chosen)
         return composition.dnl_layer(*arguments, backend)
 

@@ -104,6 +104,15 @@ def triton_limit(states: Sequence[Tensor], named: dict[str, Tensor | None], conf
     return None
 
 
+def choose(
+    states: Sequence[Tensor], named: dict[str, Tensor | None], config: LayerConfig, backend: str | None
+) -> str | None:
+    """The backend whose fused kernels run this call, or None: it is composed of other operators."""
+    chosen = _backend.select("dnl_layer", backend, states[0], states=states, named=named, config=config)
+    fits = chosen == "triton" and triton_limit(states, named, config) is None
+    return chosen if fits or chosen.startswith("cuda") else None
+
+
 def dnl_layer(states: Sequence[Tensor], named: dict[str, Tensor | None], config: LayerConfig, backend: str) -> Tensor:
     """named: every other tensor by the name of its argument in api.py."""
     parameters = [named[name if name in named else f"theta.{name}"] for name in PARAMETERS]
