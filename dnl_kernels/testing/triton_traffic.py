@@ -175,7 +175,9 @@ class Dense(NamedTuple):
 TILED = "tensors once per tap, weights once per tile"
 
 
-def _dense_rows(operator: str, case: str, dtype: torch.dtype, shape, channels, outputs: int, size: int) -> Iterator[Row]:
+def _dense_rows(
+    operator: str, case: str, dtype: torch.dtype, shape, channels, outputs: int, size: int
+) -> Iterator[Row]:
     from .. import _triton_conv as conv
 
     last = operator == "dense_linear"

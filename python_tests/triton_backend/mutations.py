@@ -144,7 +144,9 @@ MUTATIONS: dict[str, list[Mutation]] = {
         Mutation("offset", "elements - slope * mean[slot]", "elements", "plain and densenet"),
         Mutation("sum", "dmean[first:end] += of_mean", "dmean[first:end] = of_mean", "plain and densenet"),
         Mutation("scale", "-0.5 * gamma * inverse.pow(3)", "-0.5 * gamma * inverse", "plain and densenet"),
-        Mutation("sum", "+ means[-1] * last) / at.pixels", "+ means[-1] * t.rows) / at.pixels", "plain and densenet", CONV),
+        Mutation(
+            "sum", "+ means[-1] * last) / at.pixels", "+ means[-1] * t.rows) / at.pixels", "plain and densenet", CONV
+        ),
         Mutation("sum", "g += tl.load(to,", "g += 0.0 * tl.load(to,", "plain and densenet", CONV),
         Mutation("mask", "tl.where(inside[:, None], y, 0.0), 0)", "y, 0)", "plain and densenet", CONV),
     ],
@@ -174,7 +176,10 @@ def copy(target: pathlib.Path) -> None:
 
 def run_tests(folder: pathlib.Path, operator: str, selected: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
-    command += [f"python_tests/triton_backend/interpreter/test_{TESTS.get(operator, operator)}.py", *(["-k", selected] if selected else [])]
+    command += [
+        f"python_tests/triton_backend/interpreter/test_{TESTS.get(operator, operator)}.py",
+        *(["-k", selected] if selected else []),
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

@@ -17,7 +17,8 @@ from .config import LayerConfig, NonLocalParameters
 
 MAX_STATES, MAX_WIDTH = 128, 32  # kLayerMaxStates, kLayerWidth
 LISTED = (1, 8, 64)  # Triton: how many states are parameters of its kernel; it compiles once for each
-TRITON_WIDTH = 128  # Triton: channels of y, of a head and of the result, which a tile has all of
+# Triton: channels of y, of a head and of the result, which a tile has all of. float32 operands fill the registers.
+TRITON_WIDTH, TRITON_WIDTH_FLOAT32 = 128, 64
 CHUNK, BACKWARD_CHUNK = 16, 8
 SMALLEST_SHARED_MEMORY = 99 << 10  # bytes that a block may have on every architecture from sm_80 on
 PARAMETERS = (  # in the order of the registered operator
@@ -99,8 +100,9 @@ def triton_limit(states: Sequence[Tensor], named: dict[str, Tensor | None], conf
     )
     assert affine is not None and query is not None and value is not None and output is not None
     widths = affine.shape[0], query.shape[0] // config.heads, value.shape[0] // config.heads, output.shape[0]
-    if max(widths) > TRITON_WIDTH:
-        return f"the fused layer in Triton has tiles of {TRITON_WIDTH} channels at most, not {max(widths)}"
+    most = TRITON_WIDTH_FLOAT32 if affine.dtype == torch.float32 else TRITON_WIDTH
+    if max(widths) > most:
+        return f"the fused layer in Triton has tiles of {most} channels at most in {affine.dtype}, not {max(widths)}"
     return None
 
 

@@ -185,10 +185,10 @@ class Tile(NamedTuple):
 
 # (kernel, bytes of an element) -> the largest number of channels, padded to a power of two, of a tile -> tile.
 TILES = {
-    ("project", 2): {64: Tile((128, 32, 64), 8, 2), 128: Tile((64, 32, 64), 8, 2)},
-    ("project", 4): {64: Tile((64, 16, 32), 8, 1), 128: Tile((32, 16, 32), 8, 1)},
-    ("attend", 2): {64: Tile((128, 64), 8, 2), 128: Tile((64, 32), 8, 2)},
-    ("attend", 4): {64: Tile((64, 32), 8, 1), 128: Tile((16, 16), 8, 1)},
+    ("project", 2): {64: Tile((128, 32, 64), 8, 2), 128: Tile((64, 32, 32), 8, 2)},
+    ("project", 4): {64: Tile((64, 16, 32), 8, 1)},
+    ("attend", 2): {64: Tile((128, 64), 8, 2), 128: Tile((64, 32), 8, 1)},
+    ("attend", 4): {64: Tile((64, 32), 8, 1)},
 }
 
 
@@ -405,7 +405,10 @@ def _backward(call: _Call, dout: Tensor, need_states: bool, need: bool) -> tuple
         False,
     )  # fmt: skip
     if need:
-        sizes, names = [w.shape[0] for w in weights], ["query", "key", "value"] if len(weights) == 3 else ["query", "value"]
+        sizes, names = (
+            [w.shape[0] for w in weights],
+            ["query", "key", "value"] if len(weights) == 3 else ["query", "value"],
+        )
         for name, w, b in zip(names, dweight.split(sizes), dbias.split(sizes), strict=True):
             found[f"{name}_weight"], found[f"{name}_bias"] = w, b
     dy = dy + dz if layer.residual else dy

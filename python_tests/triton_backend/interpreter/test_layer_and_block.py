@@ -52,7 +52,9 @@ SEVERAL_TILES = {
 }
 
 
-@pytest.mark.parametrize("name, dtype", [("softmax", torch.float32), ("gaussian", torch.float32), ("gaussian", HALF[0])])
+@pytest.mark.parametrize(
+    "name, dtype", [("softmax", torch.float32), ("gaussian", torch.float32), ("gaussian", HALF[0])]
+)
 def test_fused_layer_over_several_tiles(name, dtype, monkeypatch):
     """Of positions, of the channels of a state, of the rows of a projection."""
     small = {kernel: {128: fused_kernels.Tile((16,) * 3, 1, 1)} for kernel in fused_kernels.TILES}
