@@ -214,7 +214,7 @@ def dense_conv2d_rows() -> Iterator[Row]:
 def dnl_layer_rows() -> Iterator[Row]:
     """The fused layer against the sequence of operators that equation (1) names, each with its result in memory:
     accumulate, project to query, key and value, attend, project, normalise and activate, copy into the slot. A
-    pre-activation layer also normalises and activates its states first. torch's part of it is counted by its tensors."""
+    pre-activation layer also normalises and activates its states first. torch's part is counted by its tensors."""
     from .._triton_conv import dense_fwd
     from ..ops.dnl_layer import triton as layer
     from ..ops.dnl_layer.config import LayerConfig
