@@ -5,8 +5,12 @@ Imported by ops/<op>/triton.py only, that is, when that backend is first used.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -68,6 +72,28 @@ def aligned(tensors: Sequence[Tensor], strides: Sequence[int]) -> bool:
         x.data_ptr() % VECTOR == 0 and stride * x.element_size() % VECTOR == 0
         for x, stride in zip(tensors, strides, strict=True)
     )
+
+
+AUTOTUNE = os.environ.get("DNL_TRITON_AUTOTUNE") == "1"
+
+
+@functools.cache
+def _tuned(kernel: Any) -> Any:
+    """The kernel with warps and stages measured at the first call of every specialisation, kept in Triton's cache."""
+    configurations = [triton.Config({}, num_warps=w, num_stages=s) for w in (4, 8) for s in (1, 2, 3)]
+    facts = inspect.signature(kernel.fn).parameters
+    key = [name for name, fact in facts.items() if "constexpr" in str(fact.annotation)]
+    return triton.autotune(configurations, key, cache_results=True)(kernel)
+
+
+def launch(kernel: Any, programs: int, *arguments, num_warps: int, num_stages: int, **constants) -> None:
+    """kernel[programs](..): with the given warps and stages of the tables of tiles, or with measured ones (AUTOTUNE).
+
+    The kernel must give the same when it runs again: it reads nothing that it writes."""
+    if AUTOTUNE:
+        _tuned(kernel)[(programs,)](*arguments, **constants)
+    else:
+        kernel[(programs,)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)
 
 
 def rows_and_columns(x: Tensor, split: int) -> tuple[int, int]:

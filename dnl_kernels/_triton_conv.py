@@ -88,13 +88,36 @@ def _normalise(x, c, exists, SCALE, SHIFT):
 
 
 @triton.jit
+def _listed(LIST, j):
+    """The j-th of a few states that are parameters of the kernel: (their addresses, numbers as a table's columns)."""
+    TENSORS, numbers = LIST[0], LIST[1]
+    length: tl.constexpr = len(TENSORS)
+    address = TENSORS[0].to(tl.int64, bitcast=True)
+    stride, channels = tl.cast(numbers[0], tl.int64), tl.cast(numbers[length], tl.int64)
+    first = tl.cast(numbers[2 * length], tl.int64)
+    for k in tl.static_range(1, length):
+        address = tl.where(j == k, TENSORS[k].to(tl.int64, bitcast=True), address)
+        stride = tl.where(j == k, numbers[k], stride)
+        channels = tl.where(j == k, numbers[length + k], channels)
+        first = tl.where(j == k, numbers[2 * length + k], first)
+    return address, stride, channels, first
+
+
+@triton.jit
 def _entry(TABLE, j, like, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
-    """The j-th state: its address, its row stride, how many channels it has, and its first channel."""
-    TABLE += j * COLUMNS
-    channels = tl.load(TABLE + 2).to(tl.int32)
+    """The j-th state: its address, its row stride, how many channels it has, and its first channel.
+
+    COLUMNS: of the table in memory; 0 for a list (see _listed)."""
+    if COLUMNS == 0:
+        address, stride, channels, first = _listed(TABLE, j)
+    else:
+        TABLE += j * COLUMNS
+        address, stride, channels = tl.load(TABLE), tl.load(TABLE + 1), tl.load(TABLE + 2)
+        first = tl.load(TABLE + 3)
+    channels = channels.to(tl.int32)
     if ALIGNED:  # of any dtype: ALIGNED is about 16 bytes, which is at least 4 elements
         channels = tl.multiple_of(channels, VECTOR_ELEMENTS(like))
-    return tl.load(TABLE).to(like.dtype, bitcast=True), tl.load(TABLE + 1), channels, tl.load(TABLE + 3)
+    return address.to(like.dtype, bitcast=True), stride, channels, first
 
 
 @triton.constexpr_function
@@ -146,23 +169,14 @@ def _pointers(base, image, place, c, stride, plane, LAST: tl.constexpr, ALIGNED:
     return tl.multiple_of(pointers, (16, 1)) if ALIGNED else pointers
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["count"])
-def accumulate_kernel(
-    TABLE, X, WEIGHT, BIAS, SCALE, SHIFT, Y, MOMENTS, count, pixels, plane, width, outputs, y_stride,
-    tap_stride, channel_stride, output_stride, scale,
-    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr, Y_LAST: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+@triton.jit
+def _accumulated(
+    y, TABLE, X, WEIGHT, SCALE, SHIFT, image, place, inside, n, count, plane, width, outputs, tap_stride,
+    channel_stride, output_stride, SIZE: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y, and its means and sums of squared deviations per channel into MOMENTS [tiles, 2, outputs]."""
+    """y + sum_j W_j (*) act(norm_scale x_j + norm_shift), a tile [pixels, outputs n]."""
     TAPS: tl.constexpr = SIZE * SIZE
-    first_pixel = tl.program_id(0).to(tl.int64) * P
-    p, image, place = _pixels(first_pixel, plane, P)
-    inside = p < pixels
-    n = tl.program_id(1) * N + tl.arange(0, N)
-    y = tl.zeros((P, N), tl.float32)
     for j in range(0, count):
         state, stride, channels, first = _entry(TABLE, j, X, ALIGNED, COLUMNS)
         for i in range(0, tl.cdiv(channels, K) * TAPS):
@@ -176,6 +190,28 @@ def accumulate_kernel(
             w = WEIGHT + tap * tap_stride + ((first + c) * channel_stride)[:, None] + (n * output_stride)[None, :]
             w = tl.load(w, mask=exists[:, None] & (n < outputs)[None, :], other=0.0)
             y = tl.dot(z, w, y, input_precision=PRECISION)
+    return y
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["count"])
+def accumulate_kernel(
+    TABLE, X, WEIGHT, BIAS, SCALE, SHIFT, Y, MOMENTS, count, pixels, plane, width, outputs, y_stride,
+    tap_stride, channel_stride, output_stride, scale,
+    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr, Y_LAST: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """A tile of y, and its means and sums of squared deviations per channel into MOMENTS [tiles, 2, outputs]."""
+    first_pixel = tl.program_id(0).to(tl.int64) * P
+    p, image, place = _pixels(first_pixel, plane, P)
+    inside = p < pixels
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    y = _accumulated(
+        tl.zeros((P, N), tl.float32), TABLE, X, WEIGHT, SCALE, SHIFT, image, place, inside, n, count, plane, width,
+        outputs, tap_stride, channel_stride, output_stride, SIZE, ACTIVATION, LAST, ALIGNED, PRECISION, COLUMNS, K,
+    )  # fmt: skip
     y *= scale
     if BIAS is not None:
         y += tl.load(BIAS + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]

@@ -44,6 +44,8 @@ BUDGETS = {
     "accumulate_kernel": Budget(0.12, tensor_core=True),
     "pull_kernel": Budget(0.12, tensor_core=True),
     "weight_gradient_kernel": Budget(0.12, tensor_core=True),
+    "project_kernel": Budget(0.12, tensor_core=True),
+    "attend_kernel": Budget(0.12, tensor_core=True),
 }
 
 
@@ -108,13 +110,11 @@ def nonlocal_attention_calls(dtype: torch.dtype) -> dict[str, Callable]:
 
         return call
 
+    hardest = ("gaussian", True, True, True)
     return {
-        "softmax D64": both(64),
-        "softmax D128": both(128),
-        "softmax D256": both(256),
-        "gaussian D64": both(64, "gaussian"),
+        **{f"softmax D{width}": both(width) for width in (64, 128, 256)},
         "unnormalised gaussian D64": both(64, "gaussian-unnormalised"),
-        "causal masked channels-first gaussian D128": both(128, "gaussian", True, True, True),
+        **{f"causal masked channels-first gaussian D{width}": both(width, *hardest) for width in (64, 128, 256)},
     }
 
 
@@ -154,6 +154,41 @@ def dense_conv2d_calls(dtype: torch.dtype) -> dict[str, Callable]:
     }
 
 
+def dnl_layer_calls(dtype: torch.dtype) -> dict[str, Callable]:
+    """Forward only: backward is made of the kernels of other operators."""
+    from ..ops.dnl_layer import triton as kernels
+    from ..ops.dnl_layer.config import LayerConfig
+
+    def forward(width, kernel, heads, size=None, count=1, residual=False):
+        states = [meta(*((8, 64, 32, 32) if size else (8, 1024, 64)), dtype=dtype) for _ in range(count)]
+        window = (size, size) if size else ()
+        vector, gain = meta(width, dtype=dtype), meta(64 * count, dtype=dtype)
+        given = dict.fromkeys(kernels.PARAMETERS) | {
+            "affine_weight": meta(width, 64 * count, *window, dtype=dtype), "affine_bias": vector, "norm_scale": gain,
+            "norm_shift": gain, "output_bias": vector, "output_scale": vector, "output_shift": vector,
+        }  # fmt: skip
+        for name in ("query", "value") if kernel == "gaussian" else ("query", "key", "value"):
+            given |= {f"{name}_weight": meta(heads * width, width, dtype=dtype)}
+            given |= {f"{name}_bias": meta(heads * width, dtype=dtype)}
+        given["output_weight"] = meta(width, heads * width, dtype=dtype)
+        given["rho"] = meta(heads, dtype=dtype) if kernel == "gaussian" else None
+        skip = states[0] if residual else None
+        given["skip_weight"] = meta(width, 64, *window, dtype=dtype) if residual else None
+        layer = LayerConfig(kernel, "relu", 0.5, "relu", heads, residual)
+        out = torch.empty_like(
+            states[0][:, :1].expand(-1, width, -1, -1) if size else states[0][..., :1].expand(-1, -1, width)
+        )
+        kernels.layer_into(kernels._Call(states, skip, kernels.Parameters(**given), layer), out)
+
+    most = 64 if dtype == torch.float32 else 128
+    return {
+        "softmax 64 tokens": lambda: forward(64, "softmax", 4),
+        "widest softmax images 3x3 residual": lambda: forward(most, "softmax", 2, 3, 4, True),
+        "widest gaussian tokens residual": lambda: forward(most, "gaussian", 2, None, 12, True),
+        "gaussian 32 images 1x1": lambda: forward(32, "gaussian", 2, 1),
+    }
+
+
 def dnl_block_calls(dtype: torch.dtype) -> dict[str, Callable]:
     from ..ops.dnl_block import triton as kernels
 
@@ -177,11 +212,15 @@ CALLS = {
     "nonlocal_attention": nonlocal_attention_calls,
     "dense_linear": dense_linear_calls,
     "dense_conv2d": dense_conv2d_calls,
+    "dnl_layer": dnl_layer_calls,
     "dnl_block": dnl_block_calls,
 }
 
 
-QUICK = {"nonlocal_attention": ("softmax D64",)}  # the cases for every run of the tests, where all would take minutes
+QUICK = {
+    "nonlocal_attention": ("softmax D64",),
+    "dnl_layer": ("softmax 64 tokens",),
+}  # the cases for every run of the tests, where all would take minutes
 
 
 def rows(architecture: int, operators: list[str] | None = None, quick: bool = False) -> list[Row]:

@@ -144,6 +144,19 @@ def _reduction(method):
     return wrapped
 
 
+def _sum(self, x):
+    """In a tree along any axis, as threads and warps add up. numpy's own does so along the last axis only; along
+    another one it adds one row after the other, with an error that grows with their number."""
+    data = x.handle.data
+    if data.dtype == np.float32 and self.axis is not None:
+        data = np.ascontiguousarray(np.moveaxis(data, self.axis, -1)).sum(-1)
+        return self.to_tensor(np.expand_dims(data, self.axis) if self.keep_dims else data, x.dtype)
+    return _numpy_sum(self, x)
+
+
+_numpy_sum = interp.ReduceOps.sum
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +325,7 @@ def install() -> None:
             setattr(Builder, name, _in_float32(getattr(Builder, name)))
     Builder.cast_impl = _cast
     Builder.create_dot = _dot
+    interp.ReduceOps.sum = _sum
     for operations, names in ((interp.ReduceOps, ("sum", "min_max")), (interp.ScanOps, ("cumsum", "cumprod"))):
         for name in names:
             setattr(operations, name, _reduction(getattr(operations, name)))

@@ -30,6 +30,10 @@ class Mutation(NamedTuple):
     file: str = "triton.py"
 
 
+CONV = "../../_triton_conv.py"
+TESTS = {"dnl_layer": "layer_and_block", "dnl_block": "layer_and_block"}  # where an operator's tests are elsewhere
+
+
 MUTATIONS: dict[str, list[Mutation]] = {
     "dense_sum": [
         Mutation("mask", "(row < rows)[:, None] & (column < columns)", "(row <= rows)[:, None] & (column < columns)"),
@@ -85,6 +89,67 @@ MUTATIONS: dict[str, list[Mutation]] = {
             "sum", "dk -= k.to(tl.float32) * column[:, None]", "dk -= k.to(tl.float32)", "float64 and gaussian-odd"
         ),
     ],
+    "dense_linear": [
+        Mutation(
+            "mask",
+            "    mask = inside[:, None] & (n < outputs)[None, :]\n    tl.store(_pointers(Y",
+            "    mask = inside[:, None] & (n <= outputs)[None, :]\n    tl.store(_pointers(Y",
+            "float64 and float32",
+            CONV,
+        ),
+        Mutation("scale", "    y *= scale\n", "    y *= 1.0\n", "float64 and float32", CONV),
+        Mutation(
+            "offset",
+            "((first + c) * channel_stride)[:, None]",
+            "(c * channel_stride)[:, None]",
+            "float64 and float32",
+            CONV,
+        ),
+        Mutation("sum", "tl.dot(tl.trans(dy), z, dw,", "tl.dot(tl.trans(dy), z,", "several and float32", CONV),
+        Mutation("scale", "_pull(g * scale,", "_pull(g,", "float64 and float32", CONV),
+        Mutation("derivative", "g * (s * (1.0 + u * (1.0 - s)))", "g * s", "float32", CONV),
+        Mutation("sum", "tl.sum(g * x.to(tl.float32), 0)", "tl.sum(g, 0)", "float64 and float32", CONV),
+    ],
+    "dense_conv2d": [
+        Mutation("mask", "(row >= 0) & (row < plane // width)", "(row >= 0)", "float64 and seven", CONV),
+        Mutation("mask", "(column >= 0) & (column < width)", "(column >= 0)", "float64 and seven", CONV),
+        Mutation("offset", "inside, TAPS - 1 - tap, plane", "inside, tap, plane", "float64 and seven", CONV),
+        Mutation(
+            "mask",
+            "z = tl.where(valid[:, None], u, 0.0).to(x.dtype)  # the padding",
+            "z = u.to(x.dtype)  # the padding",
+            "float64 and seven",
+            CONV,
+        ),
+        Mutation("offset", "(pid - start) * C", "pid * C", "float64 and densenet", CONV),
+        Mutation("offset", "(image * stride + place)[:, None]", "place[:, None]", "float64 and densenet", CONV),
+        Mutation("sum", "+ total, tl.sum(g, 0)", "+ total, 0.5 * tl.sum(g, 0)", "float64 and densenet", CONV),
+    ],
+    "dnl_layer": [
+        Mutation("mask", "i, i_exists, _activate(z", "i, i >= 0, _activate(z", "float64 and softmax"),
+        Mutation("offset", "(heads * E) + h * E + e[:, None]", "(heads * E) + e[:, None]", "float64 and softmax"),
+        Mutation("offset", "K_BIAS, OUT, q_rows, q_rows", "K_BIAS, OUT, 0, q_rows", "float64 and softmax"),
+        Mutation("scale", "tl.exp(-2.0 * tl.load(RHO", "tl.exp(-1.0 * tl.load(RHO", "float64 and gaussian"),
+        Mutation("scale", "    y *= tau\n", "    y *= 1.0\n", "float64 and gaussian"),
+        Mutation("scale", "(out / total[:, None])", "(out * 1.0)", "float64 and gaussian"),
+        Mutation("sum", "z += _load(OUT", "z = _load(OUT", "float64 and gaussian"),
+        Mutation("mask", "full = N // BLOCK_N * BLOCK_N", "full = N", "several and dtype2"),
+        Mutation("sum", "for start in range(0, rows, R):", "for start in range(0, R, R):", "several and softmax"),
+        Mutation("offset", "TENSORS[k].to(tl.int64", "TENSORS[0].to(tl.int64", "many_states", CONV),
+        Mutation("sum", "dy = dy + dz if layer.residual else dy", "dy = dy", "float64 and gaussian"),
+        Mutation("scale", "= dbandwidth * bandwidth", "= dbandwidth", "float64 and gaussian"),
+    ],
+    "dnl_block": [
+        Mutation("scale", "(2 / elements) * dvar", "(1 / elements) * dvar", "plain and densenet"),
+        Mutation("offset", "elements - slope * mean[slot]", "elements", "plain and densenet"),
+        Mutation("sum", "dmean[first:end] += of_mean", "dmean[first:end] = of_mean", "plain and densenet"),
+        Mutation("scale", "-0.5 * gamma * inverse.pow(3)", "-0.5 * gamma * inverse", "plain and densenet"),
+        Mutation(
+            "sum", "+ means[-1] * last) / at.pixels", "+ means[-1] * t.rows) / at.pixels", "plain and densenet", CONV
+        ),
+        Mutation("sum", "g += tl.load(to,", "g += 0.0 * tl.load(to,", "plain and densenet", CONV),
+        Mutation("mask", "tl.where(inside[:, None], y, 0.0), 0)", "y, 0)", "plain and densenet", CONV),
+    ],
 }
 
 
@@ -111,7 +176,10 @@ def copy(target: pathlib.Path) -> None:
 
 def run_tests(folder: pathlib.Path, operator: str, selected: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
-    command += [f"python_tests/triton_backend/interpreter/test_{operator}.py", *(["-k", selected] if selected else [])]
+    command += [
+        f"python_tests/triton_backend/interpreter/test_{TESTS.get(operator, operator)}.py",
+        *(["-k", selected] if selected else []),
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

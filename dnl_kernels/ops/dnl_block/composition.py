@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dnl_layer import fused
 from ..dnl_layer.composition import affine, folds, non_local, non_local_of_affine
+from ..dnl_layer.config import LayerConfig
 from ..dnl_layer.pointwise import normalise_activate
 from .config import BlockConfig, Statistics
 from .statistics import channel_statistics, fold
@@ -63,10 +65,32 @@ def _prologue(weight, norm_scale, norm_shift, activation) -> dict:
     return {"norm_scale": norm_scale, "norm_shift": norm_shift, "activation": activation}
 
 
+def _fused_layer(states: Sequence[Tensor], layer: int, p: Any, norm: _Norm, config: BlockConfig, backend):
+    """N(y_l) as one operator on a GPU, where its kernels take the call: y_l is in no memory; None elsewhere."""
+    if states[0].device.type == "cpu" and backend in (None, "cpu"):
+        return None
+    read = [states[j] for j in config.reads(layer)]
+    before = config.activation if config.preactivation else "identity"
+    options = _prologue(p.affine_weight, *norm.of_states(layer, p), before)
+    named: dict[str, Tensor | None] = {
+        "affine_weight": p.affine_weight, "affine_bias": p.affine_bias, "norm_scale": options["norm_scale"],
+        "norm_shift": options["norm_shift"], "skip_input": states[0] if config.input_skip else None,
+        "skip_weight": p.skip_weight, "skip_bias": p.skip_bias, "output_scale": None, "output_shift": None,
+        **{f"theta.{name}": tensor for name, tensor in p.theta()._asdict().items()},
+    }  # fmt: skip
+    form = LayerConfig(config.kernel, "identity", config.tau, before, config.heads, config.residual)
+    chosen = fused.choose(read, named, form, backend)
+    return None if chosen is None else fused.dnl_layer(read, named, form, chosen)
+
+
 def _layer(states: Sequence[Tensor], layer: int, p: Any, norm: _Norm, config: BlockConfig, backend) -> Tensor:
     """N(y_l), with y_l where residual."""
     y: Any = None
     theta = p.theta()
+    if config.kernel != "local" and config.bottleneck is None and config.reads(layer):
+        found = _fused_layer(states, layer, p, norm, config, backend)
+        if found is not None:
+            return found
     if reads := config.reads(layer):
         read = [states[j] for j in reads]
         before = config.activation if config.preactivation else "identity"

@@ -38,8 +38,8 @@ def limit(x0: Tensor, parameters: Sequence[Any], config: BlockConfig, backend: s
     chosen = choose(x0, backend)
     if chosen is None:
         return "the fused block has a CPU kernel and one in Triton"
-    if chosen == "triton" and (not config.preactivation or x0.dtype == torch.float64):
-        return "the fused block in Triton is for preactivation, and not for float64"
+    if chosen == "triton" and x0.dtype == torch.float64:
+        return "the fused block in Triton is not for float64"
     if config.kernel != "local" or config.affine == "linear":
         return f"the fused block has kernel='local' and a convolution, not {config.kernel!r} and {config.affine!r}"
     if config.bottleneck is not None:

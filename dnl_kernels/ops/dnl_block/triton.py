@@ -1,6 +1,7 @@
-"""dnl_block as one autograd node in Triton, for pre-activation blocks with a local kernel: the kernels of
-_triton_conv.py on the states buffer. A layer reads the prefix in place and writes its slot, with the batch statistics
-of the new channels in the epilogue; nothing is concatenated, no launch waits for the host.
+"""dnl_block as one autograd node in Triton, for blocks with a local kernel: the kernels of _triton_conv.py on the
+states buffer. A layer reads the prefix in place and writes its slot, with the batch statistics of the new channels in
+the epilogue; nothing is concatenated, no launch waits for the host. In the paper's order it writes to a second buffer,
+from which the slot is normalised and activated: the normalisation has one reader there, and nothing is deferred.
 
 Backward, the gradient of the buffer is kept in float32 and every layer adds to it. What the batch statistics contribute
 to a channel's gradient is linear in the channel: its coefficients are summed over all layers that read the channel, and
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._triton_conv import Images, Operand, Problem, accumulate, operand, pull, weight_gradient
+from ..dnl_layer.pointwise import activate_normalised, pull_normalised
 from .statistics import fold, gather
 
 
@@ -23,8 +25,8 @@ class _Layer(NamedTuple):
 
     spans: list[tuple[int, int]]
     slot: slice
-    channels: slice  # of gamma and beta
-    outputs: slice  # of the bias
+    channels: slice  # of gamma and beta, under pre-activation
+    outputs: slice  # of the bias; of gamma, beta and the second buffer in the paper's order
     filters: slice  # of the weight
 
 
@@ -66,6 +68,7 @@ class _Block(NamedTuple):
     var: Tensor | None
     growth: int
     size: int
+    preactivation: bool
     training: bool
     activation: str
     tau: float
@@ -81,11 +84,21 @@ class _Block(NamedTuple):
     def problem(self, layer: _Layer) -> Problem:
         images, _, height, width = self.states.shape
         weight = self.weight[layer.filters].view(self.growth, -1, self.size, self.size).to(self.states.dtype)
+        at = Images(images, height, width)
+        if not self.preactivation:
+            return Problem(at, weight, None, None, "identity", self.tau, False)
         scale = shift = None
         if self.mean is not None:
             gamma, beta = (None if t is None else t[layer.channels] for t in (self.gamma, self.beta))
             scale, shift = fold(*self.statistics(layer), gamma, beta, self.eps)
-        return Problem(Images(images, height, width), weight, scale, shift, self.activation, self.tau, False)
+        return Problem(at, weight, scale, shift, self.activation, self.tau, False)
+
+    def output_norm(self, layer: _Layer) -> tuple[Tensor | None, Tensor | None]:
+        """The paper's order: scale and shift of what the layer made."""
+        if self.mean is None or self.var is None:
+            return None, None
+        gamma, beta = (None if t is None else t[layer.outputs] for t in (self.gamma, self.beta))
+        return fold(self.mean[layer.outputs], self.var[layer.outputs], gamma, beta, self.eps)
 
 
 def _operand(buffer: Tensor, spans: list[tuple[int, int]]) -> Operand:
@@ -98,25 +111,32 @@ def dnl_block_fwd(
 ):  # fmt: skip
     images, in_channels, height, width = x0.shape
     plan = _plan(in_channels, connectivity, growth_rate, size)
-    states = x0.new_empty((images, in_channels + len(plan) * growth_rate, height, width))
+    grown = len(plan) * growth_rate
+    states = x0.new_empty((images, in_channels + grown, height, width))
     states[:, :in_channels] = x0
-    measured = weight.new_zeros((2, states.shape[1] if norm and training else 0))
+    outputs = x0.new_empty((images, 0 if preactivation else grown, height, width))
+    measures = norm and training
+    measured = weight.new_zeros((2, in_channels * preactivation + grown if measures else 0))
     if states.numel():
-        if norm and training:
+        if measures:
             mean, var = measured
-            wide = x0.to(weight.dtype)
-            var[:in_channels], mean[:in_channels] = torch.var_mean(wide, (0, 2, 3), correction=0)
+            if preactivation:
+                var[:in_channels], mean[:in_channels] = torch.var_mean(x0.to(weight.dtype), (0, 2, 3), correction=0)
         with torch.cuda.device_of(x0):
-            block = _Block(states, weight, gamma, beta, mean, var, growth_rate, size, training, activation, tau, eps)
+            block = _Block(
+                states, weight, gamma, beta, mean, var, growth_rate, size, preactivation, training, activation, tau, eps
+            )
             for layer in plan:
-                slot = states[:, layer.slot]
+                to, at = (states, layer.slot) if preactivation else (outputs, layer.outputs)
                 own = None if bias is None else bias[layer.outputs]
-                moments = accumulate(
-                    block.problem(layer), _operand(states, layer.spans), own, slot, states.stride(0), norm and training
-                )
+                problem, read = block.problem(layer), _operand(states, layer.spans)
+                moments = accumulate(problem, read, own, to[:, at], to.stride(0), measures)
                 if moments is not None:
-                    mean[layer.slot], var[layer.slot] = moments
-    return states, measured[0].clone(), measured[1].clone(), x0.new_empty((images, 0, height, width))
+                    mean[at], var[at] = moments
+                if not preactivation:
+                    scale, shift = block.output_norm(layer)
+                    states[:, layer.slot] = activate_normalised(outputs[:, at], scale, shift, activation, 1)
+    return states, measured[0].clone(), measured[1].clone(), outputs
 
 
 def dnl_block_bwd(
@@ -129,28 +149,50 @@ def dnl_block_bwd(
     dx = dstates.to(weight.dtype, memory_format=torch.contiguous_format, copy=True)  # of the buffer, added to
     dweight = torch.zeros_like(weight)
     dbias = weight.new_zeros(0 if bias is None else growth_rate * len(plan))
-    dgamma, dbeta = weight.new_zeros((2, plan[-1].channels.stop if norm else 0))
+    norms = (plan[-1].channels if preactivation else plan[-1].outputs).stop if norm else 0
+    dgamma, dbeta = weight.new_zeros((2, norms))
+    deferred = norm and training and preactivation
     if states.numel():
-        block = _Block(states, weight, gamma, beta, mean, var, growth_rate, size, training, activation, tau, eps)
+        block = _Block(
+            states, weight, gamma, beta, mean, var, growth_rate, size, preactivation, training, activation, tau, eps
+        )
         dmean, dvar = weight.new_zeros((2, total))
         with torch.cuda.device_of(states):
             for layer in reversed(plan):
-                gradient = (
-                    _settled(dx, states, layer.slot, mean, dmean, dvar) if norm and training else dx[:, layer.slot]
-                )
+                gradient = dx[:, layer.slot]
+                if deferred:
+                    gradient = _settled(dx, states, layer.slot, mean, dmean, dvar)
+                elif not preactivation:
+                    gradient = _output_backward(block, layer, gradient, outputs[:, layer.outputs], dgamma, dbeta)
                 if bias is not None:
                     dbias[layer.outputs] = gradient.sum((0, 2, 3))
                 problem, read = block.problem(layer), _operand(states, layer.spans)
                 dy = operand([gradient.to(states.dtype)], False)
                 dweight[layer.filters] = weight_gradient(problem, dy, read).flatten()
-                sums = pull(problem, dy, read, _operand(dx, layer.spans), norm, add=True)
+                sums = pull(problem, dy, read, _operand(dx, layer.spans), norm and preactivation, add=True)
                 if sums is not None:
                     _statistics_backward(block, layer, sums, dgamma, dbeta, dmean, dvar)
             first = slice(0, in_channels)
-            dx0 = _settled(dx, states, first, mean, dmean, dvar) if norm and training else dx[:, first]
+            dx0 = _settled(dx, states, first, mean, dmean, dvar) if deferred else dx[:, first]
     else:
         dx0 = dx[:, :in_channels]
     return dx0.to(states.dtype, copy=True).contiguous(), dweight, dbias, dgamma, dbeta
+
+
+def _output_backward(block: _Block, layer: _Layer, dx, y, dgamma, dbeta) -> Tensor:
+    """The paper's order: from the gradient of act(scale y + shift) to that of y, also through y's statistics."""
+    scale, shift = block.output_norm(layer)
+    du = pull_normalised(dx, y, scale, shift, block.activation, 1)
+    if scale is None or block.mean is None or block.var is None:
+        return du
+    mean, inverse = block.mean[layer.outputs], torch.rsqrt(block.var[layer.outputs] + block.eps)
+    centred = (y.to(du.dtype) - mean[:, None, None]) * inverse[:, None, None]
+    dshift, dscale = du.sum((0, 2, 3)), (du * centred).sum((0, 2, 3))
+    dgamma[layer.outputs], dbeta[layer.outputs] = dscale, dshift
+    if block.training:
+        elements = y.numel() // y.shape[1]
+        du = du - (dshift[:, None, None] + centred * dscale[:, None, None]) / elements
+    return du * scale[:, None, None]
 
 
 def _statistics_backward(block: _Block, layer: _Layer, sums, dgamma, dbeta, dmean, dvar) -> None:

@@ -23,7 +23,7 @@ from . import composition, fused, reference
 from .config import LayerConfig, NonLocalParameters
 
 OP = "dnl_layer"
-# Triton: each part by its own operator.
+# Triton: two kernels for what `fused.triton_limit` allows, else each part by its own operator.
 _CUDA = _backend.CUDA._replace(limit=fused.limit)
 _backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON, cuda=_CUDA)
 
@@ -70,8 +70,9 @@ def dnl_layer(
         skip_input, skip_weight, skip_bias: x_s, A and a: a state [B, C_s, H, W] or [B, N, C_s], [G, C_s, k, k] or
             [G, C_s], and [G] or None.
         output_scale, output_shift: [G'] or None, G' the channels of the result.
-        backend: None (the best for each part), "reference", "cpu", "triton" or "cuda" (the fused kernel, in one launch,
-            for what `fused.limit` allows; the other backends compose the layer of other operators).
+        backend: None (the best for each part), "reference", "cpu", "triton" (two launches for what
+            `fused.triton_limit` allows) or "cuda" (one launch, for what `fused.limit` allows). What is not fused is
+            composed of other operators.
 
     Returns:
         [B, G', H, W] or [B, N, G'], G' = G for kernel="local" and the rows of theta's output_weight otherwise.
@@ -122,11 +123,11 @@ def dnl_layer(
         skip,
         config,
     )
-    chosen = _backend.select(OP, backend, states[0], states=states, named=named, config=config)
+    chosen = fused.choose(states, named, config, backend)
     with outside_autocast(states[0]):
         if backend == "reference":
             return reference.dnl_layer(*arguments)
-        if chosen.startswith("cuda"):
+        if chosen is not None:
             return fused.dnl_layer(states, named, config, chosen)
         return composition.dnl_layer(*arguments, backend)
 

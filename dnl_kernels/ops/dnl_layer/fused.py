@@ -1,5 +1,6 @@
-"""dnl_layer in one launch on CUDA: csrc/dnl_layer. A block of threads makes a sample in shared memory, so each state is
-read once and nothing but the result is written; backward computes everything again from the inputs."""
+"""dnl_layer as one autograd node. On CUDA in one launch, csrc/dnl_layer: a block of threads makes a sample in shared
+memory, so each state is read once and nothing but the result is written. In Triton in two: triton.py. Either backward
+computes everything again from the inputs."""
 
 from __future__ import annotations
 
@@ -15,6 +16,9 @@ from . import reference
 from .config import LayerConfig, NonLocalParameters
 
 MAX_STATES, MAX_WIDTH = 128, 32  # kLayerMaxStates, kLayerWidth
+LISTED = (1, 8, 64)  # Triton: how many states are parameters of its kernel; it compiles once for each
+# Triton: channels of y, of a head and of the result, which a tile has all of. float32 operands fill the registers.
+TRITON_WIDTH, TRITON_WIDTH_FLOAT32 = 128, 64
 CHUNK, BACKWARD_CHUNK = 16, 8
 SMALLEST_SHARED_MEMORY = 99 << 10  # bytes that a block may have on every architecture from sm_80 on
 PARAMETERS = (  # in the order of the registered operator
@@ -83,6 +87,32 @@ def limit(states: Sequence[Tensor], named: dict[str, Tensor | None], config: Lay
             f"{' for backward' if backward else ''}, of which a block has {available}"
         )
     return None
+
+
+def triton_limit(states: Sequence[Tensor], named: dict[str, Tensor | None], config: LayerConfig) -> str | None:
+    """Why the two kernels of ops/dnl_layer/triton.py cannot run this call, or None."""
+    if config.kernel not in ("softmax", "gaussian"):
+        return "the fused layer in Triton has exponential weights; of others the products are a library's"
+    if len(states) > LISTED[-1]:
+        return f"the fused layer in Triton takes at most {LISTED[-1]} states, not {len(states)}"
+    affine, query, value, output = (
+        named[name] for name in ("affine_weight", "theta.query_weight", "theta.value_weight", "theta.output_weight")
+    )
+    assert affine is not None and query is not None and value is not None and output is not None
+    widths = affine.shape[0], query.shape[0] // config.heads, value.shape[0] // config.heads, output.shape[0]
+    most = TRITON_WIDTH_FLOAT32 if affine.dtype == torch.float32 else TRITON_WIDTH
+    if max(widths) > most:
+        return f"the fused layer in Triton has tiles of {most} channels at most in {affine.dtype}, not {max(widths)}"
+    return None
+
+
+def choose(
+    states: Sequence[Tensor], named: dict[str, Tensor | None], config: LayerConfig, backend: str | None
+) -> str | None:
+    """The backend whose fused kernels run this call, or None: it is composed of other operators."""
+    chosen = _backend.select("dnl_layer", backend, states[0], states=states, named=named, config=config)
+    fits = chosen == "triton" and triton_limit(states, named, config) is None
+    return chosen if fits or chosen.startswith("cuda") else None
 
 
 def dnl_layer(states: Sequence[Tensor], named: dict[str, Tensor | None], config: LayerConfig, backend: str) -> Tensor:

@@ -30,19 +30,30 @@ def _pre(x, scale, shift, axis):
     return torch.addcmul(broadcast(wide(shift), x, axis), wide(x), broadcast(wide(scale), x, axis))
 
 
+def activate_normalised(x, scale: Tensor | None, shift: Tensor | None, activation: str, axis: int) -> Tensor:
+    """sigma(scale * x + shift), not differentiable; scale and shift are both given or both None."""
+    u = wide(x) if scale is None else _pre(x, scale, shift, axis)
+    return activate(u, activation).to(x.dtype)
+
+
+def pull_normalised(dy, x, scale: Tensor | None, shift: Tensor | None, activation: str, axis: int) -> Tensor:
+    """The gradient of u = scale * x + shift, given that of sigma(u), in float32 at least."""
+    u = wide(x) if scale is None else _pre(x, scale, shift, axis)
+    return ACTIVATIONS[activation].gradient(wide(dy), u)
+
+
 def _reference(config, tensors):
-    x, scale, shift = tensors
-    return activate(_pre(x, scale, shift, config.axis), config.activation).to(x.dtype)
+    return activate_normalised(*tensors, *config)
 
 
 def _forward(config, tensors):
     return (_reference(config, tensors),)
 
 
-def _backward(config, dy, tensors, extra, needs):
+def backward(config, dy, tensors, extra, needs):
     x, scale, shift = tensors
     others = [d for d in range(x.dim()) if d != config.axis % x.dim()]
-    dpre = ACTIVATIONS[config.activation].gradient(wide(dy), _pre(x, scale, shift, config.axis))
+    dpre = pull_normalised(dy, *tensors, *config)
     return (
         (dpre * broadcast(wide(scale), x, config.axis)).to(x.dtype) if needs[0] else None,
         (dpre * x).sum(others).to(scale.dtype) if needs[1] else None,
@@ -50,7 +61,7 @@ def _backward(config, dy, tensors, extra, needs):
     )
 
 
-_function = differentiable(_forward, _backward, _reference)
+_function = differentiable(_forward, backward, _reference)
 
 
 def normalise_activate(x: Tensor, scale: Tensor | None, shift: Tensor | None, activation: str, axis: int) -> Tensor:

@@ -43,14 +43,14 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, images: bool) -> tup
     return dy @ weight, dy.flatten(0, 1).mT @ x.flatten(0, 1), dy.sum((0, 1))
 
 
-def _split_heads(t: Tensor, config: Config) -> Tensor:
+def split_heads(t: Tensor, config: Config) -> Tensor:
     """[B, h, D, N] of [B, h * D, N], or [B, h, N, D] of [B, N, h * D]: a view."""
     if config.images:
         return t.unflatten(1, (config.heads, -1))
     return t.unflatten(-1, (config.heads, -1)).transpose(1, 2)
 
 
-def _join_heads(t: Tensor, config: Config) -> Tensor:
+def join_heads(t: Tensor, config: Config) -> Tensor:
     return t.flatten(1, 2) if config.images else t.transpose(1, 2).flatten(2)
 
 
@@ -58,7 +58,7 @@ def _attention_arguments(config: Config, x: Tensor, theta: NonLocalParameters):
     """The tensors of nonlocal_attention's kernels, and their static arguments."""
 
     def project(weight, bias):
-        return _split_heads(_linear(x, weight, bias, config.images), config)
+        return split_heads(_linear(x, weight, bias, config.images), config)
 
     query = project(theta.query_weight, theta.query_bias)
     key = query if theta.key_weight is None else project(theta.key_weight, theta.key_bias)
@@ -78,7 +78,7 @@ def _forward(config: Config, tensors):
     run = _backend.kernel(config.backend, "nonlocal_attention_fwd")
     out, shift, sum_ = run(*arguments, *static)
     assert theta.output_weight is not None
-    x = _linear(_join_heads(out, config), theta.output_weight, theta.output_bias, config.images)
+    x = _linear(join_heads(out, config), theta.output_weight, theta.output_bias, config.images)
     return (x.unflatten(2, y.shape[2:]) if config.images else x), out, shift, sum_
 
 
@@ -88,11 +88,11 @@ def _backward(config: Config, dx, tensors, extra, needs):
     x = _positions(y, config)
     assert theta.output_weight is not None
     dout, doutput_weight, doutput_bias = _linear_backward(
-        _positions(dx, config), _join_heads(out, config), theta.output_weight, config.images
+        _positions(dx, config), join_heads(out, config), theta.output_weight, config.images
     )
     arguments, static = _attention_arguments(config, x, theta)
     run = _backend.kernel(config.backend, "nonlocal_attention_bwd")
-    dout = _split_heads(dout.to(out.dtype), config)
+    dout = split_heads(dout.to(out.dtype), config)
     dquery, dkey, dvalue, dbandwidth = run(dout, *arguments, out, shift, sum_, *static, theta.rho is not None)
     found = {"output_weight": doutput_weight, "output_bias": doutput_bias}
     projections = {"query": dquery, "key": dkey, "value": dvalue}
@@ -102,7 +102,7 @@ def _backward(config: Config, dx, tensors, extra, needs):
     for name, gradient in projections.items():
         weight = getattr(theta, f"{name}_weight")
         part, found[f"{name}_weight"], found[f"{name}_bias"] = _linear_backward(
-            _join_heads(gradient, config), x, weight, config.images
+            join_heads(gradient, config), x, weight, config.images
         )
         dy = part if dy is None else dy.add_(part)
     assert dy is not None

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import architecture, dot_precision, power_of_two
+from ..._triton import architecture, dot_precision, launch, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4e38)  # finite, so that 0 * LOWEST is 0
@@ -62,8 +62,8 @@ def _positions(first, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _centred(x, CENTRE, bh, KIND: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    if KIND != "softmax":
+def _centred(x, CENTRE, bh, D: tl.constexpr, BLOCK: tl.constexpr):
+    if CENTRE is not None:
         feature = tl.arange(0, BLOCK)
         centre = tl.load(CENTRE + bh.to(tl.int64) * D + feature, mask=feature < D, other=0.0)
         x = (x.to(tl.float32) - centre[None, :]).to(x.dtype)
@@ -149,7 +149,7 @@ def _fold_keys(
         if KIND == "distance":
             s = _minus_square_distances(Q, q_strides, i, i_exists, K, k_strides, j, seen, D) * (0.5 * factor)
         else:
-            k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+            k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
             s = tl.dot(_reread(q, j0 < last, TENSOR_CORES), tl.trans(k), input_precision=PRECISION) * factor
             if KIND == "gaussian":
                 s += _bias(k, factor)[None, :]
@@ -194,7 +194,7 @@ def nonlocal_fwd_kernel(
     factor = _factor(BANDWIDTH, h, scale, KIND)
     q = i
     if KIND != "distance":
-        q = _centred(_load(Q, q_strides, i, i_exists, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+        q = _centred(_load(Q, q_strides, i, i_exists, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
     out = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -INFINITY, tl.float32)
@@ -245,7 +245,7 @@ def _pull_keys(
     for j0 in range(first, last, BLOCK_N):
         j = _positions(j0, BLOCK_N, WIDE)
         seen = _seen_keys(MASK, b, j, M) if MASKED else j >= 0
-        k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+        k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
         if KIND == "distance":
             s = _minus_square_distances(Q, q_strides, i, i_exists, K, k_strides, j, seen, D) * (0.5 * factor)
         else:
@@ -298,7 +298,7 @@ def nonlocal_bwd_query_kernel(
         out = _load(_at(OUT, out_strides, b, h), out_strides, i, i_exists, E, BLOCK_E)
         drift = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
         tl.store(DRIFT + row, drift, mask=i_exists)
-    q = _centred(_load(Q, q_strides, i, i_exists, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+    q = _centred(_load(Q, q_strides, i, i_exists, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     moment = tl.zeros((BLOCK_M,), tl.float32)
@@ -331,7 +331,7 @@ def _pull_queries(
     dk, dv, column, k, v, bias, j, j_seen, factor, first, last, N, b, h, bh, Q, K, DOUT, CENTRE, SHIFT, SUM, DRIFT,
     q_strides, k_strides, dout_strides, D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, WORK: tl.constexpr, WORK_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, WIDE: tl.constexpr,
+    TENSOR_CORES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Takes the queries [first, last) into dk, dv and the columns' sums of delta. MASKED: causality cuts through.
 
@@ -342,11 +342,11 @@ def _pull_queries(
         row = bh.to(tl.int64) * N + i
         shift = tl.load(SHIFT + row, mask=exists, other=0.0)
         inverse = _inverse(tl.load(SUM + row, mask=exists, other=0.0))
-        q = _centred(_load(Q, q_strides, i, exists, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+        q = _centred(_load(Q, q_strides, i, exists, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
         if KIND == "distance":
             s = _minus_square_distances(K, k_strides, j, j_seen, Q, q_strides, i, exists, D) * (0.5 * factor)
         else:
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor
+            s = tl.dot(_reread(k, i0 < last, TENSOR_CORES), tl.trans(q), input_precision=PRECISION) * factor
             if KIND == "gaussian":
                 s += bias[:, None]
         w = tl.exp2(s - shift[None, :]) * inverse[None, :]
@@ -355,7 +355,7 @@ def _pull_queries(
             w = tl.where(allowed, w, 0.0)
         dout = _load(DOUT, dout_strides, i, exists, E, BLOCK_E)
         dv = tl.dot(w.to(WORK), dout.to(WORK), dv, input_precision=WORK_PRECISION)
-        delta = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        delta = tl.dot(_reread(v, i0 < last, TENSOR_CORES), tl.trans(dout), input_precision=PRECISION)
         if NORMALIZE:
             delta -= tl.load(DRIFT + row, mask=exists, other=0.0)[None, :]
         delta = w * delta
@@ -385,7 +385,7 @@ def nonlocal_bwd_key_kernel(
     j_exists = j < M
     seen = _seen_keys(MASK, b, j, M)
     factor = _factor(BANDWIDTH, h, scale, KIND)
-    k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, KIND, D, BLOCK_D)
+    k = _centred(_load(K, k_strides, j, seen, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
     v = _load(V, v_strides, j, seen, E, BLOCK_E)
     bias = _bias(k, factor)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -398,12 +398,12 @@ def nonlocal_bwd_key_kernel(
         dk, dv, column = _pull_queries(
             dk, dv, column, k, v, bias, j, seen, factor, first, start, N, b, h, bh, Q, K, DOUT, CENTRE, SHIFT, SUM,
             DRIFT, q_strides, k_strides, dout_strides, D, E, KIND, NORMALIZE, True, PRECISION, WORK, WORK_PRECISION,
-            BLOCK_M, BLOCK_D, BLOCK_E, WIDE,
+            TENSOR_CORES, BLOCK_M, BLOCK_D, BLOCK_E, WIDE,
         )  # fmt: skip
     dk, dv, column = _pull_queries(
         dk, dv, column, k, v, bias, j, seen, factor, start, N, N, b, h, bh, Q, K, DOUT, CENTRE, SHIFT, SUM, DRIFT,
-        q_strides, k_strides, dout_strides, D, E, KIND, NORMALIZE, False, PRECISION, WORK, WORK_PRECISION, BLOCK_M,
-        BLOCK_D, BLOCK_E, WIDE,
+        q_strides, k_strides, dout_strides, D, E, KIND, NORMALIZE, False, PRECISION, WORK, WORK_PRECISION,
+        TENSOR_CORES, BLOCK_M, BLOCK_D, BLOCK_E, WIDE,
     )  # fmt: skip
     if KIND != "softmax":
         dk -= k.to(tl.float32) * column[:, None]
@@ -427,10 +427,9 @@ class Config(NamedTuple):
 
 
 HALF, FULL = 2, 4  # bytes of an element
-# (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report (make cuda-check): large ones
-# that do not spill, within 99 KiB of shared memory and with 8 warps or more resident. The backward of a causal
-# and masked channels-first Gaussian of D = 128 still spills. Without tensor cores a product's operands fill the
-# registers, so float32 tiles are smaller.
+# (kernel, bytes of an element) -> the largest max(D, E) -> tiles. By the compile report (docs/gpu/triton-compile.md):
+# large ones that do not spill, within 99 KiB of shared memory, with 8 warps or more resident. Without tensor cores a
+# product's operands fill the registers, so float32 tiles are smaller.
 TILES = {
     ("forward", HALF): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
     ("forward", FULL): {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
@@ -439,21 +438,26 @@ TILES = {
     ("key", HALF): {64: Config(64, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     ("key", FULL): {64: Config(32, 64, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
 }
+# Anything but softmax without masks needs more registers; tried on a causal, masked, channels-first Gaussian.
+TILES_GENERAL = {
+    ("forward", HALF): {64: Config(128, 32, 8, 3), 128: Config(64, 32, 8, 3), 256: Config(32, 32, 8, 2)},
+    ("forward", FULL): {64: Config(64, 16, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("query", HALF): {64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    ("query", FULL): {64: Config(32, 16, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("key", HALF): {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    ("key", FULL): {64: Config(16, 64, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
+}
 # Where a block may have 163 KiB of shared memory or more, what is larger there.
 LARGE_SHARED = {80, 90, 100}
 TILES_LARGE_SHARED = {("query", HALF): {256: Config(64, 32, 8, 1)}}
 
 
 def config(kernel: str, element: int, width: int, plain: bool = True) -> Config:
-    """plain: softmax without masks. Anything more needs registers: tiles that the loop takes are half as long then."""
-    table = TILES_LARGE_SHARED.get((kernel, element), {}) if architecture() in LARGE_SHARED else {}
-    table = {**TILES[kernel, element], **table}
-    found = table[next(most for most in sorted(table) if width <= most)]
-    if plain:
-        return found
-    if kernel == "key":
-        return found._replace(queries=max(found.queries // 2, 16))
-    return found._replace(keys=max(found.keys // 2, 16))
+    """plain: softmax without masks."""
+    table = (TILES if plain else TILES_GENERAL)[kernel, element]
+    if plain and architecture() in LARGE_SHARED:
+        table = {**table, **TILES_LARGE_SHARED.get((kernel, element), {})}
+    return table[next(most for most in sorted(table) if width <= most)]
 
 
 class _Call(NamedTuple):
@@ -543,16 +547,10 @@ def nonlocal_attention_fwd(
     call = _prepare(query, key, value, bandwidth, key_mask, scale, normalize, causal, channels_first, (out,))
     chosen, tiles = call.tiles("forward", query)
     with torch.cuda.device_of(query):
-        nonlocal_fwd_kernel[(B * h * triton.cdiv(N, chosen.queries),)](
-            *call.tensors,
-            out,
-            shift,
-            total,
-            *call.strides,
-            _strides(out, channels_first),
-            **call.constants,
-            **tiles,
-        )
+        launch(
+            nonlocal_fwd_kernel, B * h * triton.cdiv(N, chosen.queries), *call.tensors, out, shift, total,
+            *call.strides, _strides(out, channels_first), **call.constants, **tiles,
+        )  # fmt: skip
     return out, shift, total
 
 
@@ -573,14 +571,14 @@ def nonlocal_attention_bwd(
     count = triton.cdiv(N, by_query.queries)
     moments = shift.new_empty((B, h, count)) if need_bandwidth else None
     with torch.cuda.device_of(query):
-        nonlocal_bwd_query_kernel[(B * h * count,)](
-            *call.tensors, doutput, output, shift, sum, dquery, drift, moments, *call.strides, *strides[:3],
-            MOMENT=need_bandwidth, **call.constants, **tiles,
+        launch(
+            nonlocal_bwd_query_kernel, B * h * count, *call.tensors, doutput, output, shift, sum, dquery, drift,
+            moments, *call.strides, *strides[:3], MOMENT=need_bandwidth, **call.constants, **tiles,
         )  # fmt: skip
         by_key, tiles = call.tiles("key", query)
-        nonlocal_bwd_key_kernel[(B * h * triton.cdiv(call.constants["M"], by_key.keys),)](
-            *call.tensors, doutput, shift, sum, drift, dkey, dvalue, *call.strides, strides[0], *strides[3:],
-            **call.constants, **tiles,
+        launch(
+            nonlocal_bwd_key_kernel, B * h * triton.cdiv(call.constants["M"], by_key.keys), *call.tensors, doutput,
+            shift, sum, drift, dkey, dvalue, *call.strides, strides[0], *strides[3:], **call.constants, **tiles,
         )  # fmt: skip
     if not need_bandwidth or moments is None or bandwidth is None:
         return dquery, dkey, dvalue, shift.new_empty(0)

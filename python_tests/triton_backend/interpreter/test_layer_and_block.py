@@ -6,12 +6,15 @@ import torch
 import dnl_kernels as dnl
 from dnl_kernels import _backend
 from dnl_kernels.ops.dnl_block.api import dnl_block_with_statistics
+from dnl_kernels.ops.dnl_layer import triton as fused_kernels
+from dnl_kernels.ops.dnl_layer.config import LayerConfig
 from dnl_kernels.testing import assert_within_budget, dnl_block, dnl_layer
 from dnl_kernels.testing.triton_interpreter import traffic
 
 # Every case in float32, and in the half types those that differ in more than the kernels of their parts.
 LAYERS = [(name, torch.float32) for name in dnl_layer.CASES]
-LAYERS += [(name, dtype) for name in ("preactivation", "dot-tokens") for dtype in (torch.bfloat16, torch.float16)]
+HALF = (torch.bfloat16, torch.float16)
+LAYERS += [(name, dtype) for name in ("preactivation", "dot-tokens", "softmax", "gaussian-tokens") for dtype in HALF]
 BLOCKS = [(name, torch.float32) for name in dnl_block.CASES]
 BLOCKS += [("densenet-eval", torch.bfloat16), ("densenet-eval", torch.float16)]
 NON_LOCAL_FACTOR = 5.0
@@ -33,7 +36,7 @@ def run_layer(case, states, tensors, backend):
 
 @pytest.mark.parametrize("name, dtype", LAYERS, ids=str)
 def test_layer_against_float64(name, dtype):
-    case = dnl_layer.CASES[name]
+    case = dnl_layer.CASES[name] if isinstance(name, str) else name
     states, tensors = dnl_layer.inputs(case, dtype)
     y, grads = run_layer(case, states, tensors, "triton")
     eager, eager_grads = run_layer(case, states, tensors, "reference")
@@ -43,8 +46,79 @@ def test_layer_against_float64(name, dtype):
     assert_within_budget("gradients", joined(grads), joined(exact_grads), joined(eager_grads))
 
 
+SEVERAL_TILES = {
+    "softmax": dnl_layer.Case((4, 6), (3, 18), 20, kernel="softmax", heads=2, preactivation=True, output_norm=True),
+    "gaussian": dnl_layer.Case((37,), (5, 17), 33, kernel="gaussian", heads=2, skip=True, residual=True, tau=0.5),
+}
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [("softmax", torch.float32), ("gaussian", torch.float32), ("gaussian", HALF[0])]
+)
+def test_fused_layer_over_several_tiles(name, dtype, monkeypatch):
+    """Of positions, of the channels of a state, of the rows of a projection."""
+    small = {kernel: {128: fused_kernels.Tile((16,) * 3, 1, 1)} for kernel in fused_kernels.TILES}
+    monkeypatch.setattr(fused_kernels, "TILES", small)
+    test_layer_against_float64(SEVERAL_TILES[name], dtype)
+
+
+@pytest.mark.parametrize("name", ["softmax", "gaussian-tokens"])
+def test_fused_layer_reads_a_prefix_and_writes_its_slot_in_two_launches(name):
+    """The states are slices of one buffer whose next slot gets the result; around it nothing changes, and between the
+    launches there is nothing but the projections (y waits in the slot under `residual`)."""
+    case = dnl_layer.CASES[name]._replace(size=1)
+    states, tensors = dnl_layer.inputs(case, torch.float32)
+    expected = dnl_layer.call(case, states, tensors, "reference")
+    axis, widths = 1 if len(case.positions) == 2 else 2, [s.shape[1 if len(case.positions) == 2 else 2] for s in states]
+    shape = list(states[0].shape)
+    shape[axis] = sum(widths) + 2 * case.width
+    buffer = torch.full(shape, 7.0)
+    *parts, slot, after = buffer.split([*widths, case.width, case.width], axis)
+    for part, state in zip(parts, states, strict=True):
+        part.copy_(state)
+    theta = {n: tensors.get(n, tensors.get("theta." + n)) for n in fused_kernels.PARAMETERS}
+    layer = LayerConfig(case.kernel, case.activation, case.tau, "identity", case.heads, case.residual)
+    with traffic() as count:
+        fused_kernels.layer_into(fused_kernels._Call(parts, None, fused_kernels.Parameters(**theta), layer), slot)
+    torch.testing.assert_close(slot, expected)
+    assert (after == 7).all() and all(map(torch.equal, parts, states))
+    assert count.launches == 2
+    size = slot[0].numel() // case.width * case.batch * 4
+    stored = {name: moved["store"] for name, moved in count.by_tensor.items() if moved["store"]}
+    projections = (2 if case.kernel == "gaussian" else 3) * 3 * case.heads * size
+    assert sum(stored.values()) == projections + 2 * case.width * size, stored  # y and the result, both in the slot
+    assert count.by_tensor["TENSORS[0]"]["load"] == sum(widths) * size  # one state: they lie side by side
+
+
+def test_many_states_and_wide_layers():
+    """More states than a parameter list of 8 holds; more than any list holds, and wider layers: composed of others."""
+    small = dnl_layer.Case((5,), (2,) * 9, 3, kernel="softmax")
+    for case, launches in ((small, 2), (small._replace(channels=(1,) * 65), None), (small._replace(width=130), None)):
+        states, tensors = dnl_layer.inputs(case, torch.float32)
+        tensors["affine_weight"] /= len(states)
+        with traffic() as count, torch.no_grad():
+            y = dnl_layer.call(case, states, tensors, "triton")
+        torch.testing.assert_close(y, dnl_layer.call(case, states, tensors, "reference"), rtol=1e-4, atol=1e-4)
+        assert launches in (None, count.launches)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_fused_layer_of_a_distant_gaussian(images):
+    """Queries and keys 1000 from the origin, where products would cancel; and a NaN that stays in its sample."""
+    case = dnl_layer.Case((3, 5) if images else (15,), (4,), 4, size=1, kernel="gaussian", biases=True)
+    states, tensors = dnl_layer.inputs(case, torch.float32)
+    tensors["theta.query_bias"] += 1000
+    tensors["affine_bias"] += 300
+    expected = dnl_layer.call(case, [s.double() for s in states], {n: t.double() for n, t in tensors.items()})
+    actual = dnl_layer.call(case, states, tensors, "triton")
+    torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=2e-3)
+    states[0][0].flatten()[0] = float("nan")
+    spoiled = dnl_layer.call(case, states, tensors, "triton")
+    assert spoiled[0].isnan().all() and torch.equal(spoiled[1], actual[1])
+
+
 def test_the_accumulated_y_is_in_no_memory():
-    """A layer with 1x1 filters stores the projections of y, its output, and nothing of the size of y."""
+    """A composed layer with 1x1 filters stores the projections of y, its output, and nothing of the size of y."""
     case = dnl_layer.Case((5, 4), size=1, kernel="dot", width=8, biases=True)
     states, tensors = dnl_layer.inputs(case, torch.float32)
     with traffic() as count, torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dnl_kernels as dnl
-from dnl_kernels import _backend
+from dnl_kernels import _backend, _triton
 from dnl_kernels.ops.nonlocal_attention import triton as kernels
 from dnl_kernels.testing import named
 from dnl_kernels.testing.nonlocal_attention import CASES, KERNELS, Case, inputs
@@ -22,6 +22,7 @@ def small_tiles(monkeypatch):
     sizes = {"forward": (32, 16), "query": (16, 32), "key": (16, 32)}
     small = {k: {256: kernels.Config(*sizes[k[0]], 1, 1)} for k in kernels.TILES}
     monkeypatch.setattr(kernels, "TILES", small)
+    monkeypatch.setattr(kernels, "TILES_GENERAL", small)
     monkeypatch.setattr(kernels, "TILES_LARGE_SHARED", {})
 
 
@@ -188,6 +189,16 @@ def test_widths_beyond_the_limit_are_refused_with_the_reason():
     with pytest.raises(ValueError, match="supports float32, bfloat16, float16, not torch.float64"):
         dnl.nonlocal_attention(x[..., :3].double(), x[..., :3].double(), x[..., :3].double(), backend="triton")
     assert dnl.nonlocal_attention(x[..., :256], x[..., :256], x[..., :256], backend="triton").shape == (1, 1, 2, 256)
+
+
+def test_autotuned_launches_give_the_same(monkeypatch):
+    """The interpreter takes the first configuration; that the constants of a call reach the kernel is what is shown."""
+    tensors, _ = inputs(CASES["odd"], "gaussian", torch.float32)
+    results = []
+    for on in (False, True):
+        monkeypatch.setattr(_triton, "AUTOTUNE", on)
+        results.append(run(tensors, **KERNELS["gaussian"]))
+    assert torch.equal(results[0][0], results[1][0]) and all(map(torch.equal, results[0][1], results[1][1]))
 
 
 def test_kernels_without_weights_take_no_kernel_of_ours():

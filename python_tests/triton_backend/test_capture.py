@@ -1,0 +1,94 @@
+"""What a CUDA graph needs of the Triton operators, without a GPU: no step waits for the device or reads its data.
+
+Two views. The launchers run on meta tensors, which have no data to depend on, so the same tensors are allocated and the
+same kernels launched whatever the values are. The public block runs on fake CUDA tensors. In both, every operation that
+would synchronise with the host or touch another device is an error. A graph is captured for real in python_tests/gpu.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="Triton exists for Linux only")
+
+from triton.runtime.jit import JITFunction
+
+from dnl_kernels.ops.dnl_block import fused
+from dnl_kernels.testing import dnl_block, triton_compile, triton_gate
+
+# Operations whose result on the host, or whose shape, depends on data: the host waits for the device.
+WAITS = {
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_static", "masked_select", "_unique2",
+    "unique_dim", "unique_consecutive", "bincount", "repeat_interleave", "allclose",
+}  # fmt: skip
+
+
+class Captured(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold."""
+
+    def __init__(self, device):
+        self.device, self.seen = device, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        if name in WAITS:
+            raise RuntimeError(f"{name} waits for the device")
+        result = function(*arguments, **keywords)
+        for t in torch.utils._pytree.tree_leaves((arguments, keywords, result)):
+            scalar = isinstance(t, torch.Tensor) and t.dim() == 0  # a number of the host, a parameter of the launch
+            if isinstance(t, torch.Tensor) and t.device.type != self.device and not scalar:
+                raise RuntimeError(f"{name} has a tensor on {t.device}")
+            if isinstance(t, torch.Tensor) and t.dtype == torch.bool and name.startswith("index"):
+                raise RuntimeError(f"{name} by a mask has a shape that depends on data")
+        self.seen += 1
+        return result
+
+
+CALLS = [(operator, case) for operator, calls in triton_gate.CALLS.items() for case in calls(torch.bfloat16)]
+
+
+@pytest.mark.parametrize("operator, case", CALLS)
+def test_no_launcher_waits_for_the_device(operator, case, monkeypatch):
+    launched = []
+    call = triton_gate.CALLS[operator](torch.bfloat16)[case]
+    with triton_compile.compiling(86), Captured("meta") as mode:
+        monkeypatch.setattr(JITFunction, "run", lambda self, *_, grid, **__: launched.append((self.fn.__name__, grid)))
+        call()
+    assert launched and mode.seen and all(isinstance(n, int) for _, grid in launched for n in grid)
+
+
+@pytest.mark.parametrize("name", ["densenet", "equation-1-batch-norm", "conv1x1-softmax", "tokens-gaussian"])
+def test_a_training_steps_operators_do_not_wait(name):
+    """Everything around the launchers: packing, statistics, folding, the composition of the other blocks."""
+    case = dnl_block.CASES[name]
+    x0, layers = dnl_block.inputs(case, torch.float32)
+    with FakeTensorMode(), Captured("cuda") as mode:
+        x0 = torch.empty(x0.shape, device="cuda")
+        layers = [{n: torch.empty(t.shape, device="cuda") for n, t in layer.items()} for layer in layers]
+        parameters = [dnl_block.LayerParameters(**layer) for layer in layers]
+        states = dnl_block.dnl_block(x0, parameters, case.config, backend="triton")
+        if case.config.kernel == "local":  # one node, whose backward packs and unpacks too
+            call, tensors = fused.Call(case.config, "triton"), [getattr(p, n) for p in parameters for n in fused.NAMES]
+            extra = fused._forward(call, [x0, *tensors])
+            fused._backward(call, extra[0], [x0, *tensors], extra, [True] * (1 + len(tensors)))
+    assert mode.seen and states.device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.cpu(),
+        lambda x: x + torch.ones(3).to("cuda"),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: bool((x > 0).any()),
+    ],
+)
+def test_every_kind_of_waiting_is_seen(wait):
+    with FakeTensorMode(allow_non_fake_inputs=True), Captured("cuda"):
+        x = torch.empty(3, device="cuda")
+        with pytest.raises(RuntimeError, match="waits|a tensor on|depends on data|nonzero"):
+            wait(x)
