@@ -84,6 +84,14 @@ DNL_INLINE void transpose_block(const T* from, int64_t from_stride, int64_t rows
     for (int64_t f = 0; f < width; f += kL) {
       const int64_t count = smaller(kL, rows - i), features = smaller(kL, width - f);
       Vec<T> block[kL];
+      if (count == kL && features == kL) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kL; r++) block[r] = load(from + (i + r) * from_stride + f);
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int r = 0; r < kL; r++) store(to + (f + r) * to_stride + i, block[r]);
+        continue;
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kL; r++) block[r] = r < count ? load(from + (i + r) * from_stride + f) : Vec<T>{};
       transpose<T>(block);
@@ -111,6 +119,11 @@ void read_lanes(const NonlocalParams& p, const NonlocalTensor& t, int64_t b, int
       T rows[kQ * kLanes<T>];  // a strip of features
       for (int64_t f = 0; f < width; f += kLanes<T>) {
         const int64_t features = smaller(kLanes<T>, width - f);
+        if constexpr (__is_same(Element, T))
+          if (!index && features == kLanes<T>) {
+            transpose_block<true, T>(from + first * t.position + f, t.position, count, features, lanes + f * kQ, kQ);
+            continue;
+          }
         for (int64_t i = 0; i < count; i++) {
           const Element* row = from + (index ? index[i] : first + i) * t.position + f;
           T* to = rows + i * kLanes<T>;
@@ -127,6 +140,8 @@ void read_lanes(const NonlocalParams& p, const NonlocalTensor& t, int64_t b, int
         T* to = lanes + f * kQ;
         if (index)
           for (int64_t i = 0; i < count; i++) to[i] = T(column[index[i] * t.position]);
+        else if (t.position == 1 && count == kQ)
+          for (int i = 0; i < kQ; i++) to[i] = T(column[first + i]);
         else if (t.position == 1)
           for (int64_t i = 0; i < count; i++) to[i] = T(column[first + i]);
         else
@@ -148,6 +163,11 @@ void write_lanes(const NonlocalParams& p, const NonlocalTensor& t, int64_t b, in
       T rows[kQ * kLanes<T>];
       for (int64_t f = 0; f < width; f += kLanes<T>) {
         const int64_t features = smaller(kLanes<T>, width - f);
+        if constexpr (__is_same(Element, T))
+          if (!index && features == kLanes<T>) {
+            transpose_block<true, T>(lanes + f * kQ, kQ, features, count, to + first * t.position + f, t.position);
+            continue;
+          }
         transpose_block<true, T>(lanes + f * kQ, kQ, features, count, rows, kLanes<T>);
         for (int64_t i = 0; i < count; i++) {
           Element* row = to + (index ? index[i] : first + i) * t.position + f;
@@ -164,6 +184,8 @@ void write_lanes(const NonlocalParams& p, const NonlocalTensor& t, int64_t b, in
         const T* from = lanes + f * kQ;
         if (index)
           for (int64_t i = 0; i < count; i++) column[index[i] * t.position] = Element(from[i]);
+        else if (t.position == 1 && count == kQ)
+          for (int i = 0; i < kQ; i++) column[first + i] = Element(from[i]);
         else if (t.position == 1)
           for (int64_t i = 0; i < count; i++) column[first + i] = Element(from[i]);
         else
