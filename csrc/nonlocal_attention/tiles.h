@@ -29,6 +29,33 @@ struct Pair {
   Vec<T> a, b;
 };
 template <class T>
+DNL_INLINE Pair<T> load_pair(const T* row) {
+  return {load(row), load(row + kLanes<T>)};
+}
+template <class T>
+DNL_INLINE void store_pair(T* row, Pair<T> x) {
+  store(row, x.a);
+  store(row + kLanes<T>, x.b);
+}
+// rows[f] *= x, of [width][kQueries].
+template <class T>
+DNL_INLINE void scale_rows(T* rows, int64_t width, Pair<T> x) {
+  for (T* end = rows + width * kQueries<T>; rows < end; rows += kQueries<T>)
+    store_pair<T>(rows, {load(rows) * x.a, load(rows + kLanes<T>) * x.b});
+}
+// sum_f (rows[f] - centre[f])^2; without a centre, of the rows themselves.
+template <class T>
+DNL_INLINE Pair<T> squared_norms(const T* rows, const T* centre, int64_t width) {
+  Pair<T> sum{};
+  for (int64_t f = 0; f < width; f++) {
+    const Pair<T> x = load_pair(rows + f * kQueries<T>);
+    const Vec<T> c = broadcast(centre ? centre[f] : T(0));
+    sum.a += (x.a - c) * (x.a - c);
+    sum.b += (x.b - c) * (x.b - c);
+  }
+  return sum;
+}
+template <class T>
 struct Scores {
   Vec<T> at[kKeys][2];
 };
@@ -355,9 +382,8 @@ bool safe_exponents(const NonlocalParams& p, const Scales<T>& scale, const T* q,
   // |q| radius, and for a Gaussian (|q| + radius / 2) radius in packed units, must not exceed kSafeRange.
   const double longest = kSafeRange / double(radius) - (p.bandwidth ? 0.5 * scale.query * radius : 0);
   const T most = longest > 0 ? T(longest * longest) : T(-1);
-  T norm[kQ] = {};
-  for (int64_t d = 0; d < p.width; d++)
-    for (int i = 0; i < kQ; i++) norm[i] += q[d * kQ + i] * q[d * kQ + i];
+  alignas(64) T norm[kQ];
+  store_pair(norm, squared_norms<T>(q, nullptr, p.width));
   int safe = 0;
   for (int i = 0; i < kQ; i++) safe += norm[i] <= most;
   return safe == kQ;
