@@ -114,7 +114,7 @@ DNL_INLINE void add_group(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, i
       T* column = w.column + (j + u) * kL;
       store(column, load(column) + (s.at[u][0] + s.at[u][1]));
     }
-    if constexpr (kScore == Score::distance || !kBounded) {
+    if constexpr (kScore == Score::distance || !kBounded || kMoment) {
       t.row.a += s.at[u][0];
       t.row.b += s.at[u][1];
     }
@@ -160,9 +160,9 @@ void lanes_to_rows(const T* lanes, int64_t width, int64_t padded, int64_t count,
 template <class T>
 Tile<T> pack_tile(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale, const T* centre, int64_t b,
                   int64_t h, int64_t first, int64_t count) {
-  constexpr int kL = kLanes<T>, kQ = kQueries<T>;
+  constexpr int kQ = kQueries<T>;
   const int64_t row = (b * p.heads + h) * p.queries + first;
-  alignas(64) T shift[kQ] = {}, inverse[kQ] = {}, drift[kQ] = {};
+  alignas(64) T shift[kQ] = {}, inverse[kQ] = {};
   read_lanes<T>(p, p.query, b, h, nullptr, first, count, w.D, w.q);
   finish_queries<T>(scale, centre, count, w.D, w.q);
   read_lanes<T>(p, p.doutput, b, h, nullptr, first, count, w.E, w.g);
@@ -171,19 +171,20 @@ Tile<T> pack_tile(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& sca
     shift[i] = static_cast<const T*>(p.shift)[row + i];
     inverse[i] = sum == 0 ? T(0) : 1 / sum;
   }
-  for (int64_t e = 0; e < w.E; e++)
-    for (int64_t i = 0; i < kQ; i++) w.g[e * kQ + i] *= inverse[i];
+  scale_rows<T>(w.g, w.E, load_pair(inverse));
+  Tile<T> tile{};
   if (p.normalize) {
     read_lanes<T>(p, p.output, b, h, nullptr, first, count, w.E, w.o);
-    for (int64_t e = 0; e < w.E; e++)
-      for (int64_t i = 0; i < kQ; i++) drift[i] += w.g[e * kQ + i] * w.o[e * kQ + i];
+    for (int64_t e = 0; e < w.E; e++) {
+      const Pair<T> g = load_pair(w.g + e * kQ), o = load_pair(w.o + e * kQ);
+      tile.drift.a += g.a * o.a;
+      tile.drift.b += g.b * o.b;
+    }
   }
   lanes_to_rows<T>(w.q, w.D, w.Dp, count, w.q_rows);
   lanes_to_rows<T>(w.g, w.E, w.Ep, count, w.g_rows);
   memset(w.dq, 0, w.D * kQ * sizeof(T));
-  Tile<T> tile{};
-  tile.shift = {load(shift), load(shift + kL)};
-  tile.drift = {load(drift), load(drift + kL)};
+  tile.shift = load_pair(shift);
   tile.count = count;
   tile.bounded = p.normalize && safe_exponents<T>(p, scale, w.q, static_cast<const T*>(p.radius)[b * p.heads + h]);
   for (int i = 0; i < kQ; i++) tile.bounded = tile.bounded && shift[i] == 0;
@@ -195,17 +196,22 @@ template <class T>
 void write_dquery(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale, const T* centre, const Tile<T>& tile,
                   int64_t part, int64_t b, int64_t h, int64_t first) {
   constexpr int kQ = kQueries<T>;
-  T row[kQ];
-  store(row, tile.row.a);
-  store(row + kLanes<T>, tile.row.b);
   if (tile.anchored) read_lanes<T>(p, p.anchor, b, h, nullptr, first, tile.count, w.D, w.anchor);
-  for (int64_t d = 0; d < w.D; d++)
-    for (int i = 0; i < kQ; i++) {
-      T& x = w.dq[d * kQ + i];
-      if (tile.anchored) x -= row[i] * (w.anchor[d * kQ + i] - (centre ? centre[d] : T(0)));
-      x *= scale.dquery;
-      if (scale.dquery_row != 0) x -= scale.dquery_row * row[i] * w.q[d * kQ + i];
+  const Pair<T> row = tile.row;
+  for (int64_t d = 0; d < w.D; d++) {
+    Pair<T> x = load_pair(w.dq + d * kQ);
+    if (tile.anchored) {
+      const Pair<T> anchor = load_pair(w.anchor + d * kQ);
+      const Vec<T> c = broadcast(centre ? centre[d] : T(0));
+      x.a -= row.a * (anchor.a - c);
+      x.b -= row.b * (anchor.b - c);
     }
+    const Vec<T> of_sum = broadcast(scale.dquery), of_row = broadcast(scale.dquery_row);
+    const Pair<T> q = load_pair(w.q + d * kQ);
+    x = {x.a * of_sum, x.b * of_sum};
+    if (scale.dquery_row != 0) x = {x.a - of_row * row.a * q.a, x.b - of_row * row.b * q.b};
+    store_pair(w.dq + d * kQ, x);
+  }
   if (p.parts == 1) return write_lanes<T>(p, p.dquery, b, h, nullptr, first, tile.count, w.D, w.dq);
   T* to = static_cast<T*>(p.dquery_parts) +
           (((part * p.batch + b) * p.heads + h) * p.queries + first) * w.D;
@@ -235,6 +241,21 @@ void write_part(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale
   }
 }
 
+// sum_ij delta_ij (s_ij - a_i) with any a_i, as the deltas of a normalised row sum to zero; but for the error of the
+// drift, which all deltas of a row share and which a typical exponent a_i keeps from being multiplied by a large one.
+template <class T>
+double moment_of_tile(const NonlocalParams& p, const Tile<T>& tile, int64_t bh, int64_t first, int64_t count) {
+  T moment[kQueries<T>], row[kQueries<T>];
+  store_pair(moment, tile.moment);
+  store_pair(row, tile.row);
+  double total = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const double sum = static_cast<const T*>(p.sum)[bh * p.queries + first + i];
+    total += moment[i] - (p.normalize && sum > 0 ? row[i] * log2(sum / double(p.keys)) : 0.0);
+  }
+  return total;
+}
+
 template <Score kScore, bool kMoment, class T>
 void run_parts(const NonlocalParams& p, int64_t begin, int64_t end) {
   Workspace<T> w(p);
@@ -261,10 +282,7 @@ void run_parts(const NonlocalParams& p, int64_t begin, int64_t end) {
       else
         add_groups<kScore, false, kMoment>(w, tile, limit);
       write_dquery(p, w, scale, centre, tile, part, b, h, query);
-      T lanes[kQueries<T>];
-      store(lanes, tile.moment.a);
-      store(lanes + kLanes<T>, tile.moment.b);
-      for (int64_t i = 0; i < n; i++) moment += lanes[i];
+      if constexpr (kMoment) moment += moment_of_tile(p, tile, bh, query, n);
     }
     write_part(p, w, scale, b, h, first, count);
     // s = -|q - k|^2 / (2 bandwidth^2) up to a constant of the row, whose deltas sum to zero if that constant is not.

@@ -38,11 +38,7 @@ DNL_INLINE void add_group(Tile<T>& t, const T* k, const T* v, const T* bias, int
       const Vec<T> ca = exp2<T>(t.shift.a - top.a), cb = exp2<T>(t.shift.b - top.b);
       t.sum.a *= ca;
       t.sum.b *= cb;
-      for (int64_t e = 0; e < value_width; e++) {
-        T* o = t.out + e * kQueries<T>;
-        store(o, load(o) * ca);
-        store(o + kLanes<T>, load(o + kLanes<T>) * cb);
-      }
+      scale_rows<T>(t.out, value_width, {ca, cb});
       t.shift = top;
     }
   }
@@ -110,10 +106,8 @@ void run_tiles(const NonlocalParams& p, int64_t begin, int64_t end) {
       if constexpr (kScore != Score::dot_bias) add_groups<kScore, Exponents::plain, T>(tile, keys, values, bias, D, E, limit);
     }
     alignas(64) T shift[kQ], sum[kQ];
-    store(shift, tile.shift.a);
-    store(shift + kLanes<T>, tile.shift.b);
-    store(sum, tile.sum.a);
-    store(sum + kLanes<T>, tile.sum.b);
+    store_pair(shift, tile.shift);
+    store_pair(sum, tile.sum);
     for (int64_t i = 0; i < kQ; i++) {
       if (sum[i] == 0) shift[i] = 0;  // a row without keys: its maximum was never found
       if (!p.normalize) sum[i] = 1;
@@ -124,8 +118,7 @@ void run_tiles(const NonlocalParams& p, int64_t begin, int64_t end) {
     }
     if (p.normalize) {
       for (int64_t i = 0; i < kQ; i++) sum[i] = sum[i] == 0 ? T(0) : 1 / sum[i];
-      for (int64_t e = 0; e < E; e++)
-        for (int64_t i = 0; i < kQ; i++) out[e * kQ + i] *= sum[i];
+      scale_rows<T>(out, E, load_pair(sum));
     }
     write_lanes<T>(p, p.output, b, h, nullptr, first, n, E, out);
   }
@@ -169,12 +162,8 @@ void nonlocal_prepare(const NonlocalParams& p, int64_t begin, int64_t end) {
     T largest = 0;
     if (p.normalize)
       for_key_lanes<T>(p, p.key, b, h, 0, count, D, lanes, [&](int64_t, int64_t n) {
-        T norm[kQ] = {};
-        for (int64_t d = 0; d < D; d++)
-          for (int i = 0; i < kQ; i++) {
-            const T x = lanes[d * kQ + i] - (centre ? centre[d] : T(0));
-            norm[i] += x * x;
-          }
+        alignas(64) T norm[kQ];
+        store_pair(norm, squared_norms<T>(lanes, centre, D));
         for (int64_t i = 0; i < n; i++)
           if (norm[i] > largest || norm[i] != norm[i]) largest = norm[i];  // a NaN stays: no bound is known
       });

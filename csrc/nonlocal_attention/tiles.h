@@ -29,6 +29,33 @@ struct Pair {
   Vec<T> a, b;
 };
 template <class T>
+DNL_INLINE Pair<T> load_pair(const T* row) {
+  return {load(row), load(row + kLanes<T>)};
+}
+template <class T>
+DNL_INLINE void store_pair(T* row, Pair<T> x) {
+  store(row, x.a);
+  store(row + kLanes<T>, x.b);
+}
+// rows[f] *= x, of [width][kQueries].
+template <class T>
+DNL_INLINE void scale_rows(T* rows, int64_t width, Pair<T> x) {
+  for (T* end = rows + width * kQueries<T>; rows < end; rows += kQueries<T>)
+    store_pair<T>(rows, {load(rows) * x.a, load(rows + kLanes<T>) * x.b});
+}
+// sum_f (rows[f] - centre[f])^2; without a centre, of the rows themselves.
+template <class T>
+DNL_INLINE Pair<T> squared_norms(const T* rows, const T* centre, int64_t width) {
+  Pair<T> sum{};
+  for (int64_t f = 0; f < width; f++) {
+    const Pair<T> x = load_pair(rows + f * kQueries<T>);
+    const Vec<T> c = broadcast(centre ? centre[f] : T(0));
+    sum.a += (x.a - c) * (x.a - c);
+    sum.b += (x.b - c) * (x.b - c);
+  }
+  return sum;
+}
+template <class T>
 struct Scores {
   Vec<T> at[kKeys][2];
 };
@@ -84,6 +111,14 @@ DNL_INLINE void transpose_block(const T* from, int64_t from_stride, int64_t rows
     for (int64_t f = 0; f < width; f += kL) {
       const int64_t count = smaller(kL, rows - i), features = smaller(kL, width - f);
       Vec<T> block[kL];
+      if (count == kL && features == kL) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kL; r++) block[r] = load(from + (i + r) * from_stride + f);
+        transpose<T>(block);
+#pragma GCC unroll 16
+        for (int r = 0; r < kL; r++) store(to + (f + r) * to_stride + i, block[r]);
+        continue;
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kL; r++) block[r] = r < count ? load(from + (i + r) * from_stride + f) : Vec<T>{};
       transpose<T>(block);
@@ -111,6 +146,11 @@ void read_lanes(const NonlocalParams& p, const NonlocalTensor& t, int64_t b, int
       T rows[kQ * kLanes<T>];  // a strip of features
       for (int64_t f = 0; f < width; f += kLanes<T>) {
         const int64_t features = smaller(kLanes<T>, width - f);
+        if constexpr (__is_same(Element, T))
+          if (!index && features == kLanes<T>) {
+            transpose_block<true, T>(from + first * t.position + f, t.position, count, features, lanes + f * kQ, kQ);
+            continue;
+          }
         for (int64_t i = 0; i < count; i++) {
           const Element* row = from + (index ? index[i] : first + i) * t.position + f;
           T* to = rows + i * kLanes<T>;
@@ -127,6 +167,8 @@ void read_lanes(const NonlocalParams& p, const NonlocalTensor& t, int64_t b, int
         T* to = lanes + f * kQ;
         if (index)
           for (int64_t i = 0; i < count; i++) to[i] = T(column[index[i] * t.position]);
+        else if (t.position == 1 && count == kQ)
+          for (int i = 0; i < kQ; i++) to[i] = T(column[first + i]);
         else if (t.position == 1)
           for (int64_t i = 0; i < count; i++) to[i] = T(column[first + i]);
         else
@@ -148,6 +190,11 @@ void write_lanes(const NonlocalParams& p, const NonlocalTensor& t, int64_t b, in
       T rows[kQ * kLanes<T>];
       for (int64_t f = 0; f < width; f += kLanes<T>) {
         const int64_t features = smaller(kLanes<T>, width - f);
+        if constexpr (__is_same(Element, T))
+          if (!index && features == kLanes<T>) {
+            transpose_block<true, T>(lanes + f * kQ, kQ, features, count, to + first * t.position + f, t.position);
+            continue;
+          }
         transpose_block<true, T>(lanes + f * kQ, kQ, features, count, rows, kLanes<T>);
         for (int64_t i = 0; i < count; i++) {
           Element* row = to + (index ? index[i] : first + i) * t.position + f;
@@ -164,6 +211,8 @@ void write_lanes(const NonlocalParams& p, const NonlocalTensor& t, int64_t b, in
         const T* from = lanes + f * kQ;
         if (index)
           for (int64_t i = 0; i < count; i++) column[index[i] * t.position] = Element(from[i]);
+        else if (t.position == 1 && count == kQ)
+          for (int i = 0; i < kQ; i++) column[first + i] = Element(from[i]);
         else if (t.position == 1)
           for (int64_t i = 0; i < count; i++) column[first + i] = Element(from[i]);
         else
@@ -333,9 +382,8 @@ bool safe_exponents(const NonlocalParams& p, const Scales<T>& scale, const T* q,
   // |q| radius, and for a Gaussian (|q| + radius / 2) radius in packed units, must not exceed kSafeRange.
   const double longest = kSafeRange / double(radius) - (p.bandwidth ? 0.5 * scale.query * radius : 0);
   const T most = longest > 0 ? T(longest * longest) : T(-1);
-  T norm[kQ] = {};
-  for (int64_t d = 0; d < p.width; d++)
-    for (int i = 0; i < kQ; i++) norm[i] += q[d * kQ + i] * q[d * kQ + i];
+  alignas(64) T norm[kQ];
+  store_pair(norm, squared_norms<T>(q, nullptr, p.width));
   int safe = 0;
   for (int i = 0; i < kQ; i++) safe += norm[i] <= most;
   return safe == kQ;

@@ -35,12 +35,15 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, images: bool) -> Ten
     return out.to(x.dtype)
 
 
-def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, images: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, W and b, not yet narrowed to a half type."""
+def _linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: bool, images: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of x, W and, where there is one, b, not yet narrowed to a half type."""
     dy, x, weight = wide(dy), wide(x), wide(weight)
     if images:
-        return torch.bmm(weight.mT.expand(x.shape[0], -1, -1), dy), torch.bmm(dy, x.mT).sum(0), dy.sum((0, 2))
-    return dy @ weight, dy.flatten(0, 1).mT @ x.flatten(0, 1), dy.sum((0, 1))
+        dbias = dy.sum((0, 2)) if bias else None
+        return torch.bmm(weight.mT.expand(x.shape[0], -1, -1), dy), torch.bmm(dy, x.mT).sum(0), dbias
+    return dy @ weight, dy.flatten(0, 1).mT @ x.flatten(0, 1), dy.sum((0, 1)) if bias else None
 
 
 def split_heads(t: Tensor, config: Config) -> Tensor:
@@ -54,18 +57,27 @@ def join_heads(t: Tensor, config: Config) -> Tensor:
     return t.flatten(1, 2) if config.images else t.transpose(1, 2).flatten(2)
 
 
+def _names(theta: NonLocalParameters) -> list[str]:
+    return ["query", "value"] if theta.key_weight is None else ["query", "key", "value"]
+
+
+def _projection(theta: NonLocalParameters) -> tuple[Tensor, Tensor | None, list[int]]:
+    """The matrices and biases of query, key (unless it is the query's) and value as one product, and their rows."""
+    weights, biases = ([getattr(theta, f"{name}_{kind}") for name in _names(theta)] for kind in ("weight", "bias"))
+    bias = None
+    if any(b is not None for b in biases):
+        bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)])
+    return torch.cat(weights), bias, [len(w) for w in weights]
+
+
 def _attention_arguments(config: Config, x: Tensor, theta: NonLocalParameters):
     """The tensors of nonlocal_attention's kernels, and their static arguments."""
-
-    def project(weight, bias):
-        return split_heads(_linear(x, weight, bias, config.images), config)
-
-    query = project(theta.query_weight, theta.query_bias)
-    key = query if theta.key_weight is None else project(theta.key_weight, theta.key_bias)
-    value = project(theta.value_weight, theta.value_bias)
+    weight, bias, sizes = _projection(theta)
+    products = _linear(x, weight, bias, config.images).split(sizes, 1 if config.images else 2)
+    query, *key, value = (split_heads(t, config) for t in products)
     bandwidth = None if theta.rho is None else torch.exp(wide(theta.rho))
     width = query.shape[2 if config.images else 3]
-    return (query, key, value, bandwidth, None), (width**-0.5, True, False, config.images)
+    return (query, key[0] if key else query, value, bandwidth, None), (width**-0.5, True, False, config.images)
 
 
 def _positions(y: Tensor, config: Config) -> Tensor:
@@ -88,28 +100,26 @@ def _backward(config: Config, dx, tensors, extra, needs):
     x = _positions(y, config)
     assert theta.output_weight is not None
     dout, doutput_weight, doutput_bias = _linear_backward(
-        _positions(dx, config), join_heads(out, config), theta.output_weight, config.images
-    )
+        _positions(dx, config), join_heads(out, config), theta.output_weight, theta.output_bias is not None,
+        config.images,
+    )  # fmt: skip
     arguments, static = _attention_arguments(config, x, theta)
     run = _backend.kernel(config.backend, "nonlocal_attention_bwd")
     dout = split_heads(dout.to(out.dtype), config)
     dquery, dkey, dvalue, dbandwidth = run(dout, *arguments, out, shift, sum_, *static, theta.rho is not None)
-    found = {"output_weight": doutput_weight, "output_bias": doutput_bias}
-    projections = {"query": dquery, "key": dkey, "value": dvalue}
-    if theta.key_weight is None:
-        projections = {"query": dquery + dkey, "value": dvalue}
-    dy = None
-    for name, gradient in projections.items():
-        weight = getattr(theta, f"{name}_weight")
-        part, found[f"{name}_weight"], found[f"{name}_bias"] = _linear_backward(
-            join_heads(gradient, config), x, weight, config.images
-        )
-        dy = part if dy is None else dy.add_(part)
-    assert dy is not None
+    parts = [dquery, dkey, dvalue] if theta.key_weight is not None else [wide(dquery).add_(dkey), wide(dvalue)]
+    weight, bias, sizes = _projection(theta)
+    dproducts = torch.cat([join_heads(t, config) for t in parts], 1 if config.images else 2)
+    dy, dweight, dbias = _linear_backward(dproducts, x, weight, bias is not None, config.images)
+    found: dict[str, Tensor | None] = {"output_weight": doutput_weight, "output_bias": doutput_bias}
+    for kind, gradient in (("weight", dweight), ("bias", dbias)):
+        pieces = [None] * len(sizes) if gradient is None else gradient.split(sizes)
+        found |= {f"{name}_{kind}": piece for name, piece in zip(_names(theta), pieces, strict=True)}
     if theta.rho is not None:
         found["rho"] = dbandwidth * arguments[3]
     gradients = [
-        found[name].to(t.dtype) if t is not None and name in found else None for name, t in theta._asdict().items()
+        None if t is None or (gradient := found[name]) is None else gradient.to(t.dtype)
+        for name, t in theta._asdict().items()
     ]
     return dy.to(y.dtype).view(y.shape), *gradients
 
