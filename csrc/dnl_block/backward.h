@@ -42,6 +42,11 @@ class Backward {
         for (const Span& span : s.spans(l))
           for (int64_t c = span.first; c < span.first + span.channels; c++, i++) fold(i, s.training ? c : i);
     }
+    transformed_.resize(s.layers);
+    parallel_for(0, s.layers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t l = begin; l < end; l++)
+        transformed_[l] = transform_filters(t.weight + s.weight_offset(l), s.growth * s.layer_channels(l), form_);
+    });
     if (s.norm && (s.training || !s.preactivation)) {
       centred_.resize(s.statistics());
       for (int64_t c = 0; c < s.statistics(); c++) centred_.set(c, t.mean[c], t.var[c], s.eps, nullptr, nullptr);
@@ -112,9 +117,8 @@ class Backward {
       for (int64_t k = begin; k < end; k++) {
         const int64_t l = consumers_[k], at = s_.position(l, j);
         const int64_t channels = s_.layer_channels(l), size = s_.growth * channels * form_.taps;
-        const std::vector<T> parts = transform_filters(t_.weight + s_.weight_offset(l), s_.growth * channels, form_);
         for (int64_t part = 0; part < form_.parts; part++)
-          pack_transposed(parts.data() + part * size, s_.growth, channels, form_.taps, T(s_.tau), at, at + n,
+          pack_transposed(transformed_[l].data() + part * size, s_.growth, channels, form_.taps, T(s_.tau), at, at + n,
                           packed_.data() + k * filters_ + part * (filters_ / form_.parts));
       }
     });
@@ -294,6 +298,7 @@ class Backward {
   Folded<T> prologue_;     // of every pair: act's argument from x
   std::vector<T> factor_;  // of every pair: its derivative by what the pair's moment is taken of, xhat or x
   Folded<T> centred_;      // xhat from x, of every channel with statistics
+  std::vector<std::vector<T>> transformed_;  // G w of every layer
   // Of the step at hand.
   std::vector<int64_t> consumers_;
   int64_t filters_ = 0, chunks_ = 0;

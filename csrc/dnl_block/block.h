@@ -94,14 +94,14 @@ struct BlockTensors {
 // G w of filters [D, C, taps]: [parts][D, C, taps along the width].
 template <class T>
 std::vector<T> transform_filters(const T* weight, int64_t filters, Form form) {
+  if (form.parts == 1) return {weight, weight + filters};
   std::vector<T> found(form.parts * filters * form.taps);
-  for (int64_t k = 0; k < form.parts; k++)
-    for (int64_t i = 0; i < filters; i++)
-      for (int64_t t = 0; t < form.taps; t++) {
-        double sum = form.parts == 1 ? double(weight[i]) : 0.0;
-        for (int64_t r = 0; form.parts > 1 && r < 3; r++) sum += kFilterTransform[k][r] * weight[(i * 3 + r) * 3 + t];
-        found[(k * filters + i) * form.taps + t] = static_cast<T>(sum);
-      }
+  T* to = found.data();
+  for (int64_t k = 0; k < form.parts; k++) {
+    const double* g = kFilterTransform[k];
+    for (const T* w = weight; w < weight + filters * 9; w += 9)
+      for (int64_t t = 0; t < 3; t++) *to++ = static_cast<T>(g[0] * w[t] + g[1] * w[3 + t] + g[2] * w[6 + t]);
+  }
   return found;
 }
 

@@ -111,53 +111,70 @@ DNL_INLINE void fill_zero(T* p, int64_t n) {
   for (; i < n; i++) p[i] = none[0];
 }
 
-// A vector of pixels of which `readable` may be read.
-template <class T>
-DNL_INLINE Vec<T> load_pixels(const T* p, int64_t readable) {
-  return readable >= kLanes<T> ? load(p) : load_partial(p, int(readable));
-}
-
 template <class T>
 DNL_INLINE T entry(const T* p, int64_t i, T absent) {
   return p ? p[i] : absent;
 }
 
-// B^T act(scale * x + shift) of one channel of one image.
-template <class T, class F, Activation A>
+// B^T act(scale * x + shift) of one channel of one image. kNarrow: a row is shorter than a vector.
+template <class T, class F, Activation A, bool kNarrow>
 DNL_INLINE void gather_plane(const View& v, const T* x, T scale, T shift, T* to, int64_t stride) {
   constexpr int64_t lanes = kLanes<T>;
   const Vec<T> s = broadcast(scale), h = broadcast(shift);
   const int64_t groups = v.parts.rows, pitch = v.parts.pitch(), width = v.width, bottom = v.rows + v.below;
+  const IntVec<T> inside = lane_numbers<T>() < typename IntOf<sizeof(T)>::type(kNarrow ? width : lanes);
+  // Rows up to where whole vectors may be read, and the groups that have no others.
+  const int64_t whole = kNarrow ? v.readable < lanes ? 0 : (v.readable - lanes) / width + 1 : bottom;
+  const int64_t full = ((whole < bottom ? whole : bottom) - F::kReach) / F::kRows;
+  const int64_t easy = full < groups ? full : groups;
   for (int64_t column = 0; column < width; column += lanes) {
-    // The last vector of a row ends with the row, if it is long enough for that.
-    const int64_t at = column + lanes <= width ? column : width >= lanes ? width - lanes : 0;
-    const auto read = [&](int64_t y) {
-      Vec<T> value{}, slope;
-      if (y < -v.above || y >= bottom) return value;
-      const int64_t i = y * width + at;
-      activate<T, A>(load_pixels(x + i, v.readable - i) * s + h, value, slope);
-      return width < lanes ? first_lanes<T>(value, width) : value;
+    // The last vector of a row ends with the row.
+    const int64_t at = kNarrow || column + lanes <= width ? column : width - lanes;
+    const auto value_of = [&](Vec<T> u) {
+      Vec<T> value, slope;
+      activate<T, A>(u * s + h, value, slope);
+      return kNarrow ? (inside ? value : Vec<T>{}) : value;
     };
-    Vec<T> d[F::kRows + 2 * F::kReach], t[F::kParts];
+    const auto checked = [&](int64_t y) {
+      if (y < -v.above || y >= bottom) return Vec<T>{};
+      const T* p = x + y * width + at;
+      return value_of(kNarrow ? load_partial(p, int(width)) : load(p));
+    };
+    Vec<T> d[F::kRows + 2 * F::kReach];
     if constexpr (F::kReach) {
-      d[4] = read(-1);
-      d[5] = read(0);
+      d[4] = checked(-1);
+      d[5] = checked(0);
     }
-    for (int64_t g = 0; g < groups; g++) {
+    T* out = to + at;
+    const auto finish = [&] {
+      Vec<T> t[F::kParts];
+      F::analyse(d, t);
+#pragma GCC unroll 6
+      for (int k = 0; k < F::kParts; k++) store(out + k * stride, t[k]);
       if constexpr (F::kReach) {
         d[0] = d[4];
         d[1] = d[5];
-        for (int r = 2; r < 6; r++) d[r] = read(F::kRows * g + r - 1);
-      } else {
-        d[0] = read(g);
       }
-      F::analyse(d, t);
-#pragma GCC unroll 6
-      for (int k = 0; k < F::kParts; k++) store(to + k * stride + g * pitch + at, t[k]);
-      if (F::kReach && column == 0 && width >= lanes)
-        for (int k = 0; k < F::kParts; k++) to[k * stride + g * pitch + width] = T(0);
+      out += pitch;
+    };
+    if constexpr (F::kReach) {
+      d[0] = d[4];
+      d[1] = d[5];
+    }
+    int64_t g = 0;
+    for (const T* p = x + F::kReach * width + at; g < easy; g++, p += F::kRows * width) {
+#pragma GCC unroll 4
+      for (int r = 0; r < F::kRows; r++) d[r + 2 * F::kReach] = value_of(load(p + r * width));
+      finish();
+    }
+    for (; g < groups; g++) {
+      for (int r = 0; r < F::kRows; r++) d[r + 2 * F::kReach] = checked(F::kRows * g + r + F::kReach);
+      finish();
     }
   }
+  if constexpr (F::kReach && !kNarrow)
+    for (int k = 0; k < F::kParts; k++)
+      for (int64_t g = 0; g < groups; g++) to[k * stride + g * pitch + width] = T(0);
 }
 
 }  // namespace
@@ -172,9 +189,12 @@ void gather(const Tile& tile, Planes<const T> from, int64_t channels, const T* s
     dispatch_activation(activation, [&]<Activation A>() {
       for (int64_t c = 0; c < channels; c++, to += F::kParts * length) {
         for (int k = 0; k < F::kParts; k++) fill_zero(to + k * length - f.origin(), f.origin());
+        const T s = entry(scale, c, T(1)), h = entry(shift, c, T(0));
         for (int64_t i = 0; i < v.images; i++)
-          gather_plane<T, F, A>(v, v.plane(from, i, c), entry(scale, c, T(1)), entry(shift, c, T(0)),
-                                to + i * f.image(), length);
+          if (v.width < kLanes<T>)
+            gather_plane<T, F, A, true>(v, v.plane(from, i, c), s, h, to + i * f.image(), length);
+          else
+            gather_plane<T, F, A, false>(v, v.plane(from, i, c), s, h, to + i * f.image(), length);
         for (int k = 0; k < F::kParts; k++)
           fill_zero(to + k * length + f.span(), length - f.origin() - f.span());
       }
@@ -256,37 +276,36 @@ void pull(const Tile& tile, Parts<const T> products, int64_t lead, int64_t trail
             if (g + 1 < groups + trail) after = load(from + pitch);
           }
           F::gather_back(m, before, after, d);
-          const int64_t left = width - column;
-          const auto rows = [&]<bool kLast>() {
+          const int left = int(width - column < lanes ? width - column : lanes);
+          const int64_t first = F::kRows * g;
+          // kEdge: some lanes or rows are not of the tile.
+          const auto rows = [&]<bool kEdge>() {
             Vec<T> group_plain{}, group_moment{};
 #pragma GCC unroll 4
             for (int r = 0; r < F::kRows; r++) {
-              const int64_t row = F::kRows * g + r, p = row * width + column;
-              if (row >= v.rows) break;
+              if (kEdge && first + r >= v.rows) break;
+              const T* p = pixels + (first + r) * width + column;
               Vec<T> u{}, value, slope, q = d[r];
-              if constexpr (A != Activation::identity)
-                u = load_pixels(pixels + p, v.readable - p);
-              else if (sums)
-                u = load_pixels(pixels + p, v.readable - p);
+              if (A != Activation::identity || sums) u = kEdge ? load_partial(p, left) : load(p);
               activate<T, A>(u * s + h, value, slope);
               if constexpr (A == Activation::relu)
                 q = u * s + h > Vec<T>{} ? q : Vec<T>{};
               else if constexpr (A != Activation::identity)
                 q *= slope;
-              if constexpr (kLast) q = first_lanes<T>(q, left);
+              if constexpr (kEdge) q = first_lanes<T>(q, left);
               group_plain += q;
               group_moment += q * (u * r1 + r0);
               T* out = to + r * total.part;
               // Lanes past the row's end add nothing to the next row, or are written before it; a tile ends there.
-              if (kLast && position >= tail)
-                store_partial(out, accumulate ? load_partial(out, int(left)) + q * w : q * w, int(left));
+              if (kEdge && position >= tail)
+                store_partial(out, accumulate ? load_partial(out, left) + q * w : q * w, left);
               else
                 store(out, accumulate ? load(out) + q * w : q * w);
             }
             plain += group_plain;
             moment += group_moment;
           };
-          if (left >= lanes)
+          if (left == lanes && first + F::kRows <= v.rows)
             rows.template operator()<false>();
           else
             rows.template operator()<true>();
@@ -316,9 +335,9 @@ void through(const Tile& tile, int64_t channels, Planes<const T> y, Planes<const
             const int64_t p = (F::kRows * g + r) * v.width + column;
             T* out = total.data + c * total.channel + r * total.part + position;
             Vec<T> value, slope;
-            const Vec<T> u = load_pixels(v.plane(y, image, c) + p, v.readable - p) * r1 + r0;
+            const Vec<T> u = load_partial(v.plane(y, image, c) + p, left) * r1 + r0;
             activate<T, A>(u * s + h, value, slope);
-            Vec<T> q = load_partial(out, left) + load_pixels(v.plane(dout, image, c) + p, v.readable - p);
+            Vec<T> q = load_partial(out, left) + load_partial(v.plane(dout, image, c) + p, left);
             q = first_lanes<T>(q * slope, left);
             plain += q;
             moment += q * u;
@@ -344,30 +363,37 @@ void correct(const Tile& tile, int64_t channels, const T* a, const T* b, const T
       Vec<T> sum{};
       for_each_vector<T>(v, [&](int64_t image, int64_t g, int64_t column, int64_t position) {
         const int left = int(v.width - column < kLanes<T> ? v.width - column : kLanes<T>);
-        Vec<T> q[F::kRows] = {}, t[F::kParts];
-        for (int r = 0; r < F::kRows && F::kRows * g + r < v.rows; r++) {
-          const int64_t p = (F::kRows * g + r) * v.width + column;
-          const auto read = [&](Planes<const T> from) {
-            return load_pixels(v.plane(from, image, k) + p, v.readable - p);
-          };
-          q[r] = ak * load(planes + r * total.part + position) + ck;
-          if (x.data) q[r] += bk * (read(x) - mk);
-          if (dout.data) q[r] += read(dout);
-          q[r] = first_lanes<T>(q[r], left);
-          sum += q[r];
-          if (to.data) store_partial(v.plane(to, image, k) + p, q[r], left);
-        }
-        if (to.data) return;
-        F::spread(q, t);
-        for (int j = 0; j < F::kParts; j++) {
-          T* out = planes + j * total.part + position;
-          if (left == kLanes<T>)
-            store(out, t[j]);
-          else
-            store_partial(out, t[j], left);  // the next row is still to be read
-        }
-        if (F::kReach && column + kLanes<T> >= v.width)
-          for (int j = 0; j < F::kParts; j++) planes[j * total.part + position + left] = T(0);
+        const int64_t first = F::kRows * g * v.width + column;
+        const auto group = [&]<bool kEdge>() {  // as in `pull`
+          Vec<T> q[F::kRows] = {}, t[F::kParts];
+          const auto read = [&](const T* p) { return kEdge ? load_partial(p, left) : load(p); };
+#pragma GCC unroll 4
+          for (int r = 0; r < F::kRows; r++) {
+            if (kEdge && F::kRows * g + r >= v.rows) break;
+            const int64_t p = first + r * v.width;
+            q[r] = ak * load(planes + r * total.part + position) + ck;
+            if (x.data) q[r] += bk * (read(v.plane(x, image, k) + p) - mk);
+            if (dout.data) q[r] += read(v.plane(dout, image, k) + p);
+            if constexpr (kEdge) q[r] = first_lanes<T>(q[r], left);
+            sum += q[r];
+            if (to.data) store_partial(v.plane(to, image, k) + p, q[r], left);
+          }
+          if (to.data) return;
+          F::spread(q, t);
+#pragma GCC unroll 6
+          for (int j = 0; j < F::kParts; j++) {
+            T* out = planes + j * total.part + position;
+            if constexpr (kEdge)
+              store_partial(out, t[j], left);  // the next row is still to be read
+            else
+              store(out, t[j]);
+            if (F::kReach && column + kLanes<T> >= v.width) out[left] = T(0);
+          }
+        };
+        if (left == kLanes<T> && F::kRows * (g + 1) <= v.rows)
+          group.template operator()<false>();
+        else
+          group.template operator()<true>();
       });
       if (sums) sums[k] += sum_lanes<T>(sum);
       if (to.data) continue;
