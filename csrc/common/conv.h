@@ -21,11 +21,12 @@ constexpr int64_t kPlaneAlign = 16;      // elements
 
 struct FlatPlane {
   int64_t images, rows, width, radius;
+  int64_t above = radius;  // rows of padding
 
   int64_t pitch() const { return width + radius; }
-  int64_t image() const { return (rows + radius) * pitch(); }
+  int64_t image() const { return (rows + above) * pitch(); }
   int64_t span() const { return (images - 1) * image() + (rows - 1) * pitch() + width; }
-  int64_t halo() const { return radius * pitch() + radius; }
+  int64_t halo() const { return above * pitch() + radius; }
   // Position 0, the first pixel, lies here; planes begin on multiples of kPlaneAlign and are `length` apart.
   int64_t origin() const { return round_up(halo()); }
   int64_t length() const { return round_up(origin() + round_up(span()) + halo() + kPlaneAlign); }
@@ -83,7 +84,7 @@ struct Tiling {
 
 // The offsets of a k x k filter's taps, row by row; `mirrored` for the transposed convolution.
 inline void tap_offsets(const FlatPlane& f, bool mirrored, int64_t* offsets) {
-  for (int64_t dy = -f.radius; dy <= f.radius; dy++)
+  for (int64_t dy = -f.above; dy <= f.above; dy++)
     for (int64_t dx = -f.radius; dx <= f.radius; dx++) *offsets++ = (mirrored ? -1 : 1) * (dy * f.pitch() + dx);
 }
 
@@ -117,20 +118,11 @@ struct Ahead {
                      Ahead);                                                                                        \
   /* gradient[c, t, o] += sum_p value_c[p + taps_t] * dy_o[p], o < outputs <= kConvGroup, rows `row` elements apart */ \
   template <class T>                                                                                                \
-  void weight_gradient(const FlatPlane&, const T* value, int64_t channels, const int64_t* taps, int64_t tap_count,  \
-                       const T* dy, int64_t dy_stride, int64_t outputs, T* gradient, int64_t row);                  \
+  void weight_gradient(const FlatPlane&, const T* value, int64_t value_stride, int64_t channels,                    \
+                       const int64_t* taps, int64_t tap_count, const T* dy, int64_t dy_stride, int64_t outputs, T* gradient, int64_t row);                  \
   /* to = from + shift_c (nullptr: 0) for the pixels of the tile; planes of `from` are `from_stride` apart */        \
   template <class T>                                                                                                \
   void store_planes(const Tile&, const T* from, int64_t from_stride, int64_t channels, const T* shift, Planes<T> to); \
-  /* gradient = (gradient + dout) * slope in flat planes; sums[c] += sum of it, sums[channels + c] += sum of it * u */ \
-  template <class T>                                                                                                \
-  void apply_slope(const FlatPlane&, int64_t channels, const T* dout, const T* slope, const T* u, T* gradient,      \
-                   double* sums);                                                                                   \
-  /* gradient = a_c * gradient + b_c * (x - m_c) + c_c + dout for the pixels of the tile, 0 in the padding next to it; */ \
-  /* planes are `stride` apart; x.data, dout.data and sums may be nullptr; sums[c] += sum of the result */          \
-  template <class T>                                                                                                \
-  void correct_planes(const Tile&, int64_t channels, const T* a, const T* b, const T* c, const T* m,                \
-                      Planes<const T> x, Planes<const T> dout, T* gradient, int64_t stride, double* sums);          \
   /* g = dvalue * act'(scale * u + shift) for n numbers: total (+)= scale * g; sums += sum g, sum g * (u - centre) */    \
   template <class T>                                                                                                \
   void activate_back_run(const T* dvalue, const T* u, int64_t n, T scale, T shift, T centre, Activation,            \

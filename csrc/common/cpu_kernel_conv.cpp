@@ -231,9 +231,9 @@ void convolve_back(const FlatPlane& f, const T* from, int64_t from_stride, int64
 }
 
 template <class T>
-void weight_gradient(const FlatPlane& f, const T* value, int64_t channels, const int64_t* taps, int64_t tap_count,
-                     const T* dy, int64_t dy_stride, int64_t outputs, T* gradient, int64_t row) {
-  const int64_t length = f.length(), span = f.span(), streams = channels * tap_count;
+void weight_gradient(const FlatPlane& f, const T* value, int64_t value_stride, int64_t channels, const int64_t* taps,
+                     int64_t tap_count, const T* dy, int64_t dy_stride, int64_t outputs, T* gradient, int64_t row) {
+  const int64_t span = f.span(), streams = channels * tap_count;
   dispatch_outputs(outputs, [&]<int O>() {
     const T* plane = value;  // of the next stream, and its tap
     int64_t tap = 0;
@@ -244,7 +244,7 @@ void weight_gradient(const FlatPlane& f, const T* value, int64_t channels, const
         if (first + i + 1 >= streams) continue;  // the last pass repeats the last stream
         if (++tap == tap_count) {
           tap = 0;
-          plane += length;
+          plane += value_stride;
         }
       }
       Vec<T> sum[S][O] = {};
@@ -298,69 +298,6 @@ void store_planes(const Tile& tile, const T* from, int64_t from_stride, int64_t 
             store_partial(out + at, v, int(size - at));
         }
     }
-  }
-}
-
-template <class T>
-void apply_slope(const FlatPlane& f, int64_t channels, const T* dout, const T* slope, const T* u, T* gradient,
-                 double* sums) {
-  for (int64_t c = 0; c < channels; c++) {
-    Vec<T> plain{}, moment{};
-    for (int64_t p = 0; p < f.span(); p += kLanes<T>) {
-      const int64_t i = c * f.length() + p;
-      const Vec<T> g = first_lanes<T>((load(gradient + i) + load(dout + i)) * load(slope + i), f.span() - p);
-      plain += g;
-      moment += g * load(u + i);
-      store(gradient + i, g);
-    }
-    sums[c] += sum_lanes<T>(plain);
-    sums[channels + c] += sum_lanes<T>(moment);
-  }
-}
-
-template <class T>
-void correct_planes(const Tile& tile, int64_t channels, const T* a, const T* b, const T* c, const T* m,
-                    Planes<const T> x, Planes<const T> dout, T* gradient, int64_t stride, double* sums) {
-  const FlatPlane& f = tile.flat;
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t pitch = f.pitch(), area = tile.height * f.width;
-  const bool last = tile.row + f.rows == tile.height;
-  for (int64_t k = 0; k < channels; k++, gradient += stride) {
-    const Vec<T> ak = broadcast(a[k]), bk = broadcast(b[k]), ck = broadcast(c[k]), mk = broadcast(m[k]);
-    Vec<T> sum{};
-    if (tile.row == 0) zero(gradient - f.origin(), f.origin());
-    for (int64_t i = 0; i < f.images; i++) {
-      T* pixels = gradient + i * f.image();
-      for (int64_t y = 0; y < f.rows; y++) {
-        const int64_t row = (tile.row + y) * f.width;
-        for (int64_t column = 0; column < f.width; column += lanes) {
-          const int64_t at = row + column, readable = area - at, left = f.width - column;
-          const auto read = [&](Planes<const T> p) {
-            const T* from = p.data + i * p.image_stride + k * p.channel_stride + at;
-            return readable >= lanes ? load(from) : load_partial(from, int(readable));
-          };
-          T* to = pixels + y * pitch + column;
-          Vec<T> v = ak * load(to) + ck;
-          if (x.data) v += bk * (read(x) - mk);
-          if (dout.data) v += read(dout);
-          if (left >= lanes) {
-            store(to, v);
-          } else {  // the next row is still to be read
-            v = first_lanes<T>(v, left);
-            store_partial(to, v, int(left));
-          }
-          sum += v;
-        }
-        zero(pixels + y * pitch + f.width, f.radius);
-      }
-      if (last) zero(pixels + f.rows * pitch, f.radius * pitch);
-    }
-    if (last) {
-      T* end = gradient + f.span();
-      const FlatPlane whole{f.images, tile.height, f.width, f.radius};
-      zero(end, (gradient - tile.row * pitch - whole.origin() + whole.length()) - end);
-    }
-    if (sums) sums[k] += sum_lanes<T>(sum);
   }
 }
 
@@ -422,12 +359,9 @@ void moments(const T* x, int64_t n, double* mean, double* deviations) {
                             bool, T*, Ahead);                                                                              \
   template void convolve_back<T>(const FlatPlane&, const T*, int64_t, int64_t, const int64_t*, int64_t, const T*,      \
                                  int64_t, const T*, const T*, int64_t, const T*, const T*, bool, T*, double*, Ahead);  \
-  template void weight_gradient<T>(const FlatPlane&, const T*, int64_t, const int64_t*, int64_t, const T*, int64_t,    \
-                                   int64_t, T*, int64_t);                                                              \
+  template void weight_gradient<T>(const FlatPlane&, const T*, int64_t, int64_t, const int64_t*, int64_t, const T*,     \
+                                   int64_t, int64_t, T*, int64_t);                                                              \
   template void store_planes<T>(const Tile&, const T*, int64_t, int64_t, const T*, Planes<T>);                         \
-  template void apply_slope<T>(const FlatPlane&, int64_t, const T*, const T*, const T*, T*, double*);                  \
-  template void correct_planes<T>(const Tile&, int64_t, const T*, const T*, const T*, const T*, Planes<const T>,       \
-                                  Planes<const T>, T*, int64_t, double*);                                              \
   template void activate_back_run<T>(const T*, const T*, int64_t, T, T, T, Activation, bool, T*, double*);             \
   template void correct_run<T>(const T*, int64_t, T, T, T, T*);                                                        \
   template void moments<T>(const T*, int64_t, double*, double*);

@@ -3,6 +3,9 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #ifndef DNL_ISA
 #error "vec.h belongs to cpu_kernel*.cpp, which is compiled with -DDNL_ISA=<level>"
@@ -54,13 +57,6 @@ template <class T>
 DNL_INLINE Vec<T> broadcast(T s) {
   return s - Vec<T>{};
 }
-// The first n lanes, the others `fill`.
-template <class T>
-DNL_INLINE Vec<T> load_partial(const T* p, int n, T fill = T(0)) {
-  Vec<T> v = broadcast(fill);
-  memcpy(&v, p, n * sizeof(T));
-  return v;
-}
 // Integers as wide as T's, one per lane: comparison results and shuffle indices.
 template <int bytes>
 struct IntOf;
@@ -88,9 +84,42 @@ DNL_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
   const typename IntOf<sizeof(T)>::type count = n < kLanes<T> ? n : kLanes<T>;
   return lane_numbers<T>() < count ? v : Vec<T>{};
 }
+// The first n lanes, 0 <= n <= lanes, the others `fill`: reads nothing behind them.
+template <class T>
+DNL_INLINE Vec<T> load_partial(const T* p, int n, T fill = T(0)) {
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_mask_loadu_ps((__m512)broadcast(fill), (__mmask16)mask, p);
+  else
+    return (Vec<T>)_mm512_mask_loadu_pd((__m512d)broadcast(fill), (__mmask8)mask, p);
+#elif defined(__AVX2__)
+  const IntVec<T> mask = lane_numbers<T>() < typename IntOf<sizeof(T)>::type(n);
+  Vec<T> v;
+  if constexpr (sizeof(T) == 4)
+    v = (Vec<T>)_mm256_maskload_ps(p, (__m256i)mask);
+  else
+    v = (Vec<T>)_mm256_maskload_pd(p, (__m256i)mask);
+  return mask ? v : broadcast(fill);
+#else
+  Vec<T> v = broadcast(fill);
+  memcpy(&v, p, n * sizeof(T));
+  return v;
+#endif
+}
+// Writes the first n lanes, 0 <= n <= lanes, and nothing behind them.
 template <class T>
 DNL_INLINE void store_partial(T* p, Vec<T> v, int n) {
-  memcpy(p, &v, n * sizeof(T));
+  T lane[kLanes<T>];
+  memcpy(lane, &v, sizeof v);
+  if (n == kLanes<T>) return store(p, v);
+  int at = 0;
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)  // in powers of two: a call of memcpy costs more
+    if (n & half) {
+      memcpy(p + at, lane + at, half * sizeof(T));
+      at += half;
+    }
 }
 template <class T>
 DNL_INLINE T sum_lanes(Vec<T> v) {

@@ -167,7 +167,7 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
           }
           if (g.weight)
             for_each_group(p.outputs, [&](int64_t o, int64_t outputs) {
-              DNL_ISA_CALL(weight_gradient<T>(f, value, n, taps, p.taps, grad + o * f.length(), f.length(), outputs,
+              DNL_ISA_CALL(weight_gradient<T>(f, value, f.length(), n, taps, p.taps, grad + o * f.length(), f.length(), outputs,
                                               dweight + at_channel * p.taps * p.outputs + o, p.outputs));
             });
         });

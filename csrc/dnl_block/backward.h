@@ -1,5 +1,5 @@
 // The backward pass of a block, state by state from the last to the first. The gradient of state j is pulled from the
-// gradients dY_l of all layers l that read it, which already lie in flat planes:
+// gradients dY_l of all layers l that read it, which already lie in planes of parts (params.h):
 //
 //   D_j = sum_l scale_{l,j} * act'(z_{l,j}) * (K_{l,j}^T (*) dY_l),   z_{l,j} = gamma_{l,j} * xhat_j + beta_{l,j}
 //
@@ -20,7 +20,7 @@ struct BlockGradients {
   Planes<T> x0;
   T* weight;                     // as BlockTensors
   T *bias, *gamma, *beta;        // as BlockTensors; nullptr where there is none
-  T* buffer;                     // [groups of images][states' channels] flat planes: working memory
+  T* buffer;                     // [groups of images][states' channels] planes of parts: working memory
 };
 
 template <class T>
@@ -29,19 +29,24 @@ class Backward {
   Backward(const BlockShape& s, const BlockTensors<T>& t, Planes<const T> states, Planes<const T> outputs,
            Planes<const T> dout, const BlockGradients<T>& g)
       : s_(s), t_(t), states_(states), outputs_(outputs), dout_(dout), g_(g),
-        group_{s.tiling.images, s.height, s.width, s.tiling.radius} {
+        form_(s.form()), group_(s.gradient_plane()) {
     const int64_t pairs = s.channel_offset[s.layers];
     if (s.norm && s.preactivation) {
+      const auto fold = [&](int64_t i, int64_t statistic) {
+        prologue_.set(i, t.mean[statistic], t.var[statistic], s.eps, t.gamma, t.beta);
+        factor_[i] = s.training ? (t.gamma ? t.gamma[i] : T(1)) : prologue_.scale[i];
+      };
       prologue_.resize(pairs);
-      for (int64_t i = 0; i < pairs; i++) {
-        if (s.training) {
-          prologue_.scale[i] = t.gamma ? t.gamma[i] : T(1);
-          prologue_.shift[i] = t.beta ? t.beta[i] : T(0);
-        } else {
-          prologue_.set(i, t.mean[i], t.var[i], s.eps, t.gamma, t.beta);
-        }
-      }
+      factor_.resize(pairs);
+      for (int64_t l = 0, i = 0; l < s.layers; l++)
+        for (const Span& span : s.spans(l))
+          for (int64_t c = span.first; c < span.first + span.channels; c++, i++) fold(i, s.training ? c : i);
     }
+    transformed_.resize(s.layers);
+    parallel_for(0, s.layers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t l = begin; l < end; l++)
+        transformed_[l] = transform_filters(t.weight + s.weight_offset(l), s.growth * s.layer_channels(l), form_);
+    });
     if (s.norm && (s.training || !s.preactivation)) {
       centred_.resize(s.statistics());
       for (int64_t c = 0; c < s.statistics(); c++) centred_.set(c, t.mean[c], t.var[c], s.eps, nullptr, nullptr);
@@ -55,13 +60,13 @@ class Backward {
       // A tile of whole images needs nothing from other tiles: the state before is corrected on the way.
       const bool pending = whole && j < s_.layers;
       for_each_chunk([&](int64_t chunk, int64_t i, Scratch& scratch) {
-        if (pending) correct(j + 1, chunk, i);
-        pull(j, chunk, i, scratch);
+        if (pending) correct_state(j + 1, chunk, i);
+        pull_state(j, chunk, i, scratch);
       });
       if (pending) add_bias(j + 1);
       reduce(j);
       if (whole && j > 0) continue;
-      for_each_chunk([&](int64_t chunk, int64_t i, Scratch&) { correct(j, chunk, i); });
+      for_each_chunk([&](int64_t chunk, int64_t i, Scratch&) { correct_state(j, chunk, i); });
       add_bias(j);
     }
   }
@@ -72,16 +77,17 @@ class Backward {
   // Whether state j is an activated output: the paper's order.
   bool activated(int64_t j) const { return !s_.preactivation && j > 0; }
 
-  // Plane 0 of state j in tile i.
-  T* gradient(int64_t j, const Tile& tile) const {
-    const int64_t plane = tile.image / s_.tiling.images * s_.channels() + s_.state_first(j);
-    return g_.buffer + plane * group_.length() + group_.origin() + tile.row * group_.pitch();
+  // The parts of state j in tile i, or its rows before `correct`.
+  Parts<T> gradient(int64_t j, const Tile& tile, int64_t channel = 0) const {
+    const int64_t plane = tile.image / s_.tiling.images * s_.channels() + s_.state_first(j) + channel;
+    return {g_.buffer + plane * s_.gradient_size() + group_.origin() + tile.row / form_.rows * group_.pitch(),
+            group_.length(), s_.gradient_size()};
   }
 
   template <class Body>
   void for_each_chunk(Body body) {
-    const int64_t length = s_.tiling.largest().length();
-    const int64_t bytes = 2 * Scratch::bytes<int64_t>(s_.taps) + Scratch::bytes<T>((1 + 5 * kConvGroup) * length);
+    const int64_t bytes = 2 * Scratch::bytes<int64_t>(form_.taps) +
+                          Scratch::bytes<T>(kConvGroup * form_.parts * (values_length() + products_length()));
     parallel_chunks(chunks_, s_.tiling.count(), [&](int64_t chunk, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         Scratch scratch(bytes);
@@ -90,20 +96,30 @@ class Backward {
     });
   }
 
+  int64_t values_length() const { return grouped(s_.tiling.largest()).length(); }
+  // A band's products begin a group before the band and end one after it.
+  static FlatPlane extended(FlatPlane f, int64_t groups) {
+    f.rows += groups;
+    return f;
+  }
+  int64_t products_length() const { return extended(grouped(s_.tiling.largest()), 2).length(); }
+
   // Filters for state j's consumers, regrouped, and room for the partial sums.
   void prepare(int64_t j) {
     const int64_t n = s_.state_channels(j);
     consumers_ = s_.consumers(j);
     const int64_t count = consumers_.size();
-    filters_ = n * s_.taps * s_.growth;
+    filters_ = n * s_.filter_size();
     const int64_t affordable = std::max<int64_t>(1, (int64_t(1) << 24) / std::max<int64_t>(1, count * filters_));
     chunks_ = std::min(std::min(s_.tiling.count(), kConvChunks), affordable);
     packed_.resize(count * filters_);
     parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; k++) {
         const int64_t l = consumers_[k], at = s_.position(l, j);
-        pack_transposed(t_.weight + s_.weight_offset(l), s_.growth, s_.layer_channels(l), s_.taps, T(s_.tau), at, at + n,
-                        packed_.data() + k * filters_);
+        const int64_t channels = s_.layer_channels(l), size = s_.growth * channels * form_.taps;
+        for (int64_t part = 0; part < form_.parts; part++)
+          pack_transposed(transformed_[l].data() + part * size, s_.growth, channels, form_.taps, T(s_.tau), at, at + n,
+                          packed_.data() + k * filters_ + part * (filters_ / form_.parts));
       }
     });
     dweight_.assign(chunks_ * count * filters_, T(0));
@@ -113,80 +129,64 @@ class Backward {
   }
 
   // D_j in tile i, and this tile's share of the parameters' gradients.
-  void pull(int64_t j, int64_t chunk, int64_t i, Scratch& scratch) {
+  void pull_state(int64_t j, int64_t chunk, int64_t i, Scratch& scratch) {
     const Tile tile = s_.tiling.tile(i);
-    const FlatPlane& f = tile.flat;
-    const int64_t length = f.length(), first = s_.state_first(j), channels = s_.state_channels(j);
-    const int64_t count = consumers_.size(), stride = group_.length();
-    int64_t *taps = scratch.take<int64_t>(s_.taps), *mirrored = scratch.take<int64_t>(s_.taps);
+    const bool mixed = form_.rows > 1;
+    const int64_t lead = mixed && tile.row > 0, trail = mixed && tile.row + tile.flat.rows < s_.height;
+    const FlatPlane f = grouped(tile.flat), wide = extended(f, lead + trail);
+    const int64_t first = s_.state_first(j), channels = s_.state_channels(j), count = consumers_.size();
+    const int64_t part_filters = filters_ / form_.parts;
+    int64_t *taps = scratch.take<int64_t>(form_.taps), *mirrored = scratch.take<int64_t>(form_.taps);
     tap_offsets(f, false, taps);
     tap_offsets(f, true, mirrored);
-    T* mask = scratch.take<T>((1 + 5 * kConvGroup) * length) + f.origin();
-    T *u = mask + length, *activated_u = u + kConvGroup * length, *own_slope = activated_u + kConvGroup * length;
-    T *total = own_slope + kConvGroup * length, *extra = total + kConvGroup * length;
-    fill_mask(tile, mask);
-
+    T* value = scratch.take<T>(kConvGroup * form_.parts * values_length()) + f.origin();
+    T* products = scratch.take<T>(kConvGroup * form_.parts * products_length()) + wide.origin();
     const Activation act = s_.preactivation ? s_.activation : Activation::identity;
-    const bool plain = act == Activation::identity && !sums_pairs();
-    const T* value = plain ? u : activated_u;
-    const T* slope = act == Activation::relu ? nullptr : act == Activation::identity ? mask : own_slope;
-    const int64_t slope_stride = act == Activation::identity ? 0 : length;
-    const bool whole = s_.tiling.whole();
-    const bool centre = s_.preactivation && measures();
     for_each_group(channels, [&](int64_t c, int64_t n) {
-      DNL_ISA_CALL(load_planes<T>(tile, at(states_, tile.image, first + c), n,
-                                  centre ? centred_.scale.data() + first + c : nullptr,
-                                  centre ? centred_.shift.data() + first + c : nullptr, Activation::identity, u));
-      if (count == 0) std::fill(total - f.origin(), total - f.origin() + n * length, T(0));
+      const Planes<const T> x = at(states_, tile.image, first + c);
+      const Parts<T> total = gradient(j, tile, c);
+      const Parts<const T> found{products + lead * wide.pitch(), n * wide.length(), wide.length()};
+      for (int64_t m = 0; count == 0 && m < n * form_.rows; m++) {
+        T* rows = total.data + m / form_.rows * total.channel + m % form_.rows * total.part;
+        std::fill(rows, rows + f.span(), T(0));
+      }
       for (int64_t k = 0; k < count; k++) {
         const int64_t l = consumers_[k], pair = s_.channel_offset[l] + s_.position(l, j) + c;
-        const T* scale = sums_pairs() ? prologue_.scale.data() + pair : nullptr;
-        const T* shift = sums_pairs() ? prologue_.shift.data() + pair : nullptr;
-        if (!plain)
-          activate_tile(f, u, n, scale, shift, mask, act, activated_u, slope == own_slope ? own_slope : nullptr);
-        const T* dy = gradient(l + 1, tile);
-        const bool more = k + 1 < count && whole;
-        const Ahead next = more ? Ahead{gradient(consumers_[k + 1] + 1, tile), s_.growth * stride * int64_t(sizeof(T))}
-                                : Ahead{};
-        double moment[2 * kConvGroup] = {};
-        DNL_ISA_CALL(convolve_back<T>(f, dy, stride, s_.growth, mirrored, s_.taps,
-                                      packed_.data() + k * filters_ + c * s_.growth * s_.taps, n, value, slope,
-                                      slope_stride, u, scale, k > 0, total, sums_pairs() ? moment : nullptr, next));
-        double* sum = sums_.data() + ((chunk * count + k) * channels + c) * 2;
-        for (int64_t m = 0; m < n; m++) {
-          sum[2 * m] += moment[m];
-          sum[2 * m + 1] += moment[kConvGroup + m];
+        const auto of = [](const std::vector<T>& v, int64_t at) { return v.empty() ? nullptr : v.data() + at; };
+        const T *scale = of(prologue_.scale, pair), *shift = of(prologue_.shift, pair);
+        const T *rate = s_.preactivation ? of(centred_.scale, first + c) : nullptr;
+        const T *offset = s_.preactivation ? of(centred_.shift, first + c) : nullptr;
+        const Parts<T> dy = gradient(l + 1, tile);
+        DNL_ISA_CALL(gather<T>(tile, x, n, scale, shift, act, value));
+        for (int64_t part = 0; part < form_.parts; part++) {
+          const T* w = packed_.data() + k * filters_ + part * part_filters + c * s_.growth * form_.taps;
+          DNL_ISA_CALL(convolve<T>(wide, dy.data + part * dy.part - lead * wide.pitch(), dy.channel, s_.growth, mirrored,
+                                   form_.taps, w, n, false, products + part * n * wide.length(), Ahead{}));
         }
-        T* dw = dweight_.data() + (chunk * count + k) * filters_ + c * s_.taps * s_.growth;
-        for_each_group(s_.growth, [&](int64_t o, int64_t outputs) {
-          DNL_ISA_CALL(weight_gradient<T>(f, value, n, taps, s_.taps, dy + o * stride, stride, outputs, dw + o,
-                                          s_.growth));
-        });
+        double* sum = sums_.data() + ((chunk * count + k) * channels + c) * 2;
+        DNL_ISA_CALL(pull<T>(tile, found, lead, trail, n, x, scale, shift, act, rate, offset, of(factor_, pair), k > 0,
+                             total, sums_pairs() ? sum : nullptr));
+        for (int64_t part = 0; part < form_.parts; part++) {
+          T* dw = dweight_.data() + (chunk * count + k) * filters_ + part * part_filters + c * form_.taps * s_.growth;
+          for_each_group(s_.growth, [&](int64_t o, int64_t outputs) {
+            DNL_ISA_CALL(weight_gradient<T>(f, value + part * f.length(), form_.parts * f.length(), n, taps, form_.taps,
+                                            dy.data + part * dy.part + o * dy.channel, dy.channel, outputs, dw + o,
+                                            s_.growth));
+          });
+        }
       }
-      if (activated(j)) through_activation(j, c, n, chunk, tile, mask, u, own_slope, activated_u, extra, total);
-      for (int64_t m = 0; m < n; m++)
-        std::copy(total + m * length, total + m * length + f.span(), gradient(j, tile) + (c + m) * stride);
     });
+    if (activated(j)) through_activation(j, chunk, tile);
   }
 
   // total = (total + dOut_j) * act'(norm(y)), and the sums of the output's normalisation.
-  void through_activation(int64_t j, int64_t c, int64_t n, int64_t chunk, const Tile& tile, const T* mask, T* yhat,
-                          T* slope, T* value, T* dout, T* total) {
-    const int64_t first = (j - 1) * s_.growth + c;
-    const T* null = nullptr;
-    DNL_ISA_CALL(load_planes<T>(tile, at(outputs_, tile.image, first), n, s_.norm ? centred_.scale.data() + first : null,
-                                s_.norm ? centred_.shift.data() + first : null, Activation::identity, yhat));
-    DNL_ISA_CALL(load_planes<T>(tile, at(dout_, tile.image, s_.state_first(j) + c), n, null, null,
-                                Activation::identity, dout));
-    activate_tile(tile.flat, yhat, n, t_.gamma ? t_.gamma + first : null, t_.beta ? t_.beta + first : null, mask,
-                  s_.activation, value, slope);
-    double moment[2 * kConvGroup] = {};
-    DNL_ISA_CALL(apply_slope<T>(tile.flat, n, dout, slope, yhat, total, moment));
-    double* sum = output_sums_.data() + (chunk * s_.growth + c) * 2;
-    for (int64_t m = 0; m < n; m++) {
-      sum[2 * m] += moment[m];
-      sum[2 * m + 1] += moment[n + m];
-    }
+  void through_activation(int64_t j, int64_t chunk, const Tile& tile) {
+    const int64_t first = (j - 1) * s_.growth;
+    const auto of = [&](const T* p) { return p ? p + first : nullptr; };
+    const T *rate = s_.norm ? centred_.scale.data() : nullptr, *offset = s_.norm ? centred_.shift.data() : nullptr;
+    DNL_ISA_CALL(through<T>(tile, s_.growth, at(outputs_, tile.image, first),
+                            at(dout_, tile.image, s_.state_first(j)), of(t_.gamma), of(t_.beta), s_.activation, of(rate),
+                            of(offset), gradient(j, tile), output_sums_.data() + chunk * s_.growth * 2));
   }
 
   // The partial sums of step j, added in the order of the chunks.
@@ -231,12 +231,23 @@ class Backward {
           for (int64_t i = 0; i < filters_; i++) sum[i] += part[i];
         }
         T* dw = g_.weight + s_.weight_offset(l) + at * s_.taps;
-        for (int64_t ct = 0; ct < n * s_.taps; ct++)
-          for (int64_t o = 0; o < s_.growth; o++)
-            dw[o * channels * s_.taps + ct] = static_cast<T>(sum[ct * s_.growth + o] * s_.tau);
+        for (int64_t c = 0; c < n; c++)
+          for (int64_t tap = 0; tap < s_.taps; tap++)
+            for (int64_t o = 0; o < s_.growth; o++)
+              dw[(o * channels + c) * s_.taps + tap] = static_cast<T>(filter_gradient(sum.data(), n, c, tap, o) * s_.tau);
       }
     });
     coefficients(j);
+  }
+
+  // An element of G^T sum, sum of [parts][n, taps along the width, growth].
+  double filter_gradient(const double* sum, int64_t n, int64_t c, int64_t tap, int64_t o) const {
+    const int64_t at = (c * form_.taps + tap % form_.taps) * s_.growth + o;
+    if (form_.parts == 1) return sum[at];
+    double found = 0;
+    for (int64_t k = 0; k < form_.parts; k++)
+      found += kFilterTransform[k][tap / form_.taps] * sum[k * n * form_.taps * s_.growth + at];
+    return found;
   }
 
   // dX_j (or dY_{j-1} in the paper's order) = a * gradient + b * (x - m) + c [+ dOut]
@@ -258,20 +269,16 @@ class Backward {
     }
   }
 
-  void correct(int64_t j, int64_t chunk, int64_t i) {
+  void correct_state(int64_t j, int64_t chunk, int64_t i) {
     const Tile tile = s_.tiling.tile(i);
     const int64_t n = s_.state_channels(j);
     Planes<const T> x{nullptr, 0, 0}, dout{nullptr, 0, 0};
     if (corrects_ && s_.training)
       x = s_.preactivation ? at(states_, tile.image, s_.state_first(j)) : at(outputs_, tile.image, (j - 1) * s_.growth);
     if (!activated(j)) dout = at(dout_, tile.image, s_.state_first(j));
-    T* planes = gradient(j, tile);
     double* sums = j > 0 && g_.bias ? bias_sums_.data() + chunk * s_.growth : nullptr;
-    DNL_ISA_CALL(correct_planes<T>(tile, n, a_.data(), b_.data(), c_.data(), m_.data(), x, dout, planes,
-                                   group_.length(), sums));
-    if (j == 0)
-      DNL_ISA_CALL(store_planes<T>(tile, planes, group_.length(), n, static_cast<const T*>(nullptr),
-                                   at(g_.x0, tile.image, 0)));
+    DNL_ISA_CALL(correct<T>(tile, n, a_.data(), b_.data(), c_.data(), m_.data(), x, dout, gradient(j, tile),
+                            j ? Planes<T>{nullptr, 0, 0} : at(g_.x0, tile.image, 0), sums));
   }
 
   void add_bias(int64_t j) {
@@ -286,9 +293,12 @@ class Backward {
   const BlockTensors<T>& t_;
   Planes<const T> states_, outputs_, dout_;
   BlockGradients<T> g_;
+  const Form form_;
   const FlatPlane group_;
-  Folded<T> prologue_;  // of every pair: act's argument from what `pull` loads as u
-  Folded<T> centred_;   // xhat from x, of every channel with statistics
+  Folded<T> prologue_;     // of every pair: act's argument from x
+  std::vector<T> factor_;  // of every pair: its derivative by what the pair's moment is taken of, xhat or x
+  Folded<T> centred_;      // xhat from x, of every channel with statistics
+  std::vector<std::vector<T>> transformed_;  // G w of every layer
   // Of the step at hand.
   std::vector<int64_t> consumers_;
   int64_t filters_ = 0, chunks_ = 0;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/conv_host.h"
+#include "dnl_block/params.h"
 
 namespace dnl {
 
@@ -28,6 +29,13 @@ struct BlockShape {
   int64_t state_channels(int64_t j) const { return j ? growth : in_channels; }
   int64_t layer_channels(int64_t l) const { return channel_offset[l + 1] - channel_offset[l]; }
   int64_t weight_offset(int64_t l) const { return channel_offset[l] * growth * taps; }
+  Form form() const { return form_of(tiling.radius); }
+  // Of a layer's transformed filters, and of one state's share of them.
+  int64_t packed_offset(int64_t l) const { return channel_offset[l] * filter_size(); }
+  int64_t filter_size() const { return growth * form().parts * form().taps; }
+  // Planes of parts of whole images.
+  FlatPlane gradient_plane() const { return grouped({tiling.images, height, width, tiling.radius}); }
+  int64_t gradient_size() const { return form().parts * gradient_plane().length(); }
   int64_t elements() const { return batch * height * width; }
   // Where a norm has statistics: of every state (preactivation), else of every layer's output.
   int64_t statistics() const { return preactivation ? channels() : layers * growth; }
@@ -82,6 +90,20 @@ struct BlockTensors {
   const T *gamma, *beta;                 // preactivation: [layers][C(l)], else [layers, growth]
   const T *mean, *var;                   // as gamma (given statistics), or [statistics()] (of this batch)
 };
+
+// G w of filters [D, C, taps]: [parts][D, C, taps along the width].
+template <class T>
+std::vector<T> transform_filters(const T* weight, int64_t filters, Form form) {
+  if (form.parts == 1) return {weight, weight + filters};
+  std::vector<T> found(form.parts * filters * form.taps);
+  T* to = found.data();
+  for (int64_t k = 0; k < form.parts; k++) {
+    const double* g = kFilterTransform[k];
+    for (const T* w = weight; w < weight + filters * 9; w += 9)
+      for (int64_t t = 0; t < 3; t++) *to++ = static_cast<T>(g[0] * w[t] + g[1] * w[3 + t] + g[2] * w[6 + t]);
+  }
+  return found;
+}
 
 // act(scale * x + shift) for every pair of layer and channel read (preactivation) or every output: the normalisation
 // with its statistics folded in.

@@ -13,14 +13,21 @@ namespace {
 template <class T>
 class Forward {
  public:
+  static constexpr int64_t kBlock = 12;  // input channels at a time: few enough to stay in cache
+
   Forward(const BlockShape& s, const BlockTensors<T>& t, Planes<const T> x0, Planes<T> states, Planes<T> outputs,
           T* mean, T* var)
       : s_(s), t_(t), x0_(x0), states_(states), outputs_(outputs), mean_(mean), var_(var) {
-    packed_.resize(s.channel_offset[s.layers] * s.growth * s.taps);
+    packed_.resize(s.packed_offset(s.layers));
     parallel_for(0, s.layers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t l = begin; l < end; l++)
-        pack_filters(t.weight + s.weight_offset(l), s.growth, s.layer_channels(l), s.taps, T(s.tau),
-                     packed_.data() + s.weight_offset(l));
+      const Form form = s.form();
+      for (int64_t l = begin; l < end; l++) {
+        const int64_t channels = s.layer_channels(l), size = s.growth * channels * form.taps;
+        const std::vector<T> parts = transform_filters(t.weight + s.weight_offset(l), s.growth * channels, form);
+        for (int64_t k = 0; k < form.parts; k++)
+          pack_filters(parts.data() + k * size, s.growth, channels, form.taps, T(s.tau),
+                       packed_.data() + s.packed_offset(l) + k * size);
+      }
     });
     const int64_t folds = s.preactivation ? s.channel_offset[s.layers] : s.layers * s.growth;
     folded_.resize(s.norm ? folds : 0);
@@ -59,8 +66,8 @@ class Forward {
 
   template <class Body>
   void for_each_tile(Body body) {
-    const int64_t length = s_.tiling.largest().length(), block = conv_block(s_.taps);
-    const int64_t bytes = Scratch::bytes<int64_t>(s_.taps) + Scratch::bytes<T>((block + s_.growth) * length);
+    const int64_t length = grouped(s_.tiling.largest()).length(), planes = (kBlock + s_.growth) * s_.form().parts;
+    const int64_t bytes = Scratch::bytes<int64_t>(s_.form().taps) + Scratch::bytes<T>(planes * length);
     parallel_for(0, s_.tiling.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         Scratch scratch(bytes);
@@ -121,41 +128,38 @@ class Forward {
   // after it, into `outputs`.
   void accumulate(int64_t l, int64_t i, Scratch scratch) {
     const Tile tile = s_.tiling.tile(i);
-    const FlatPlane& f = tile.flat;
-    const int64_t block = conv_block(s_.taps);
-    int64_t* taps = scratch.take<int64_t>(s_.taps);
+    const FlatPlane f = grouped(tile.flat);
+    const Form form = s_.form();
+    const int64_t length = f.length();
+    int64_t* taps = scratch.take<int64_t>(form.taps);
     tap_offsets(f, false, taps);
-    T *in = scratch.take<T>((block + s_.growth) * f.length()) + f.origin(), *out = in + block * f.length();
+    T* in = scratch.take<T>((kBlock + s_.growth) * form.parts * length) + f.origin();
+    T* out = in + kBlock * form.parts * length;
     const bool prologue = s_.preactivation && s_.norm;
     const Activation activation = s_.preactivation ? s_.activation : Activation::identity;
     const int64_t offset = s_.channel_offset[l], channels = s_.layer_channels(l);
     int64_t channel = 0;
     for (const Span& span : s_.spans(l))
-      for (int64_t c = 0; c < span.channels; c += block) {
-        const int64_t n = std::min(block, span.channels - c);
+      for (int64_t c = 0; c < span.channels; c += kBlock) {
+        const int64_t n = std::min(kBlock, span.channels - c);
         const T* scale = prologue ? folded_.scale.data() + offset + channel : nullptr;
         const T* shift = prologue ? folded_.shift.data() + offset + channel : nullptr;
         const Planes<T> x = at(states_, tile.image, span.first + c);
-        const Planes<const T> from{x.data, x.image_stride, x.channel_stride};
-        DNL_ISA_CALL(load_planes<T>(tile, from, n, scale, shift, activation, in));
-        // The channels after these, for the last group of outputs to ask for.
-        const int64_t left = std::min(block, span.channels - c - n);
-        const Ahead next = f.images == 1 && left > 0
-                               ? Ahead{x.data + n * x.channel_stride + tile.row * s_.width,
-                                       left * x.channel_stride * static_cast<int64_t>(sizeof(T))}
-                               : Ahead{};
-        for_each_group(s_.growth, [&](int64_t o, int64_t outputs) {
-          const T* w = packed_.data() + s_.weight_offset(l) + (o * channels + channel * outputs) * s_.taps;
-          DNL_ISA_CALL(convolve<T>(f, in, f.length(), n, taps, s_.taps, w, outputs, channel > 0, out + o * f.length(),
-                                   o + outputs == s_.growth ? next : Ahead{}));
-        });
+        DNL_ISA_CALL(gather<T>(tile, {x.data, x.image_stride, x.channel_stride}, n, scale, shift, activation, in));
+        for (int64_t k = 0; k < form.parts; k++)
+          for_each_group(s_.growth, [&](int64_t o, int64_t outputs) {
+            const T* w = packed_.data() + s_.packed_offset(l) +
+                         (k * s_.growth * channels + o * channels + channel * outputs) * form.taps;
+            DNL_ISA_CALL(convolve<T>(f, in + k * length, form.parts * length, n, taps, form.taps, w, outputs,
+                                     channel > 0, out + (k * s_.growth + o) * length, Ahead{}));
+          });
         channel += n;
       }
-    if (channel == 0) std::fill(out - f.origin(), out - f.origin() + s_.growth * f.length(), T(0));
+    if (channel == 0) std::fill(out - f.origin(), out - f.origin() + form.parts * s_.growth * length, T(0));
     const Planes<T> target = s_.preactivation ? states_ : outputs_;
     const int64_t first = s_.preactivation ? s_.state_first(l + 1) : l * s_.growth;
     const T* bias = t_.bias ? t_.bias + l * s_.growth : nullptr;
-    DNL_ISA_CALL(store_planes<T>(tile, out, f.length(), s_.growth, bias, at(target, tile.image, first)));
+    DNL_ISA_CALL(scatter<T>(tile, {out, s_.growth * length, length}, s_.growth, bias, at(target, tile.image, first)));
     measure(target, first, s_.growth, i);
   }
 
@@ -189,6 +193,9 @@ BlockShape describe(const Tensor& x, int64_t in_channels, const std::vector<int6
   DNL_CHECK(x.dim() == 4 && growth > 0 && size % 2 == 1 && in_channels > 0, "dnl_block: sizes");
   BlockShape s{x.size(0), in_channels, x.size(2), x.size(3), 0, growth, size, size * size, preactivation, norm,
                training, activation_of(activation), tau, eps, {}, {0}, Tiling(x.size(0), x.size(2), x.size(3), size / 2)};
+  DNL_CHECK(size == 1 || size == 3, "dnl_block: filters are 1 x 1 or 3 x 3");
+  const int64_t group = s.form().rows;  // a tile begins with one
+  s.tiling.rows = std::min(s.height, (s.tiling.rows + group - 1) / group * group);
   // Row l of the lower triangle has l + 1 entries.
   for (size_t begin = 0; begin < connectivity.size(); s.layers++) {
     DNL_CHECK(begin + s.layers + 1 <= connectivity.size(), "dnl_block: connectivity is not a triangle");
@@ -288,10 +295,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dnl_block_bwd(
   Tensor dweight = torch::stable::new_empty(states, {p.weight.numel()});
   Tensor dbias = torch::stable::new_empty(states, {bias.has_value() ? s.layers * s.growth : 0});
   Tensor dgamma = torch::stable::new_empty(states, {norms}), dbeta = torch::stable::new_empty(states, {norms});
-  // The gradients of all states, each group of images in flat planes: the next layers convolve them as they lie.
-  const Tiling& tiling = s.tiling;
-  const FlatPlane group{tiling.images, s.height, s.width, tiling.radius};
-  Tensor gradients = torch::stable::new_empty(states, {tiling.groups() * s.channels() * group.length()});
+  // The gradients of all states, each group of images in planes of parts: the next layers convolve them as they lie.
+  Tensor gradients = torch::stable::new_empty(states, {s.tiling.groups() * s.channels() * s.gradient_size()});
   dispatch_float("dnl_block", states.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto pointer = [](Tensor& t) { return t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr; };
