@@ -92,6 +92,11 @@ inline void tap_offsets(const FlatPlane& f, bool mirrored, int64_t* offsets) {
 struct Ahead {
   const void* data = nullptr;
   int64_t bytes = 0;
+
+  Ahead share(int64_t k, int64_t count) const {
+    const int64_t begin = bytes * k / count, end = bytes * (k + 1) / count;
+    return {static_cast<const char*>(data) + begin, end - begin};
+  }
 };
 
 // All pointers to flat planes below point at position 0 of their first plane.

@@ -157,11 +157,16 @@ class Backward {
         const T *rate = s_.preactivation ? of(centred_.scale, first + c) : nullptr;
         const T *offset = s_.preactivation ? of(centred_.shift, first + c) : nullptr;
         const Parts<T> dy = gradient(l + 1, tile);
+        const bool more = k + 1 < count && s_.tiling.whole();
+        const Ahead next = more ? Ahead{gradient(consumers_[k + 1] + 1, tile).data,
+                                        s_.growth * s_.gradient_size() * static_cast<int64_t>(sizeof(T))}
+                                : Ahead{};
         DNL_ISA_CALL(gather<T>(tile, x, n, scale, shift, act, value));
         for (int64_t part = 0; part < form_.parts; part++) {
           const T* w = packed_.data() + k * filters_ + part * part_filters + c * s_.growth * form_.taps;
           DNL_ISA_CALL(convolve<T>(wide, dy.data + part * dy.part - lead * wide.pitch(), dy.channel, s_.growth, mirrored,
-                                   form_.taps, w, n, false, products + part * n * wide.length(), Ahead{}));
+                                   form_.taps, w, n, false, products + part * n * wide.length(),
+                                   next.share(part, form_.parts)));
         }
         double* sum = sums_.data() + ((chunk * count + k) * channels + c) * 2;
         DNL_ISA_CALL(pull<T>(tile, found, lead, trail, n, x, scale, shift, act, rate, offset, of(factor_, pair), k > 0,
@@ -231,23 +236,13 @@ class Backward {
           for (int64_t i = 0; i < filters_; i++) sum[i] += part[i];
         }
         T* dw = g_.weight + s_.weight_offset(l) + at * s_.taps;
-        for (int64_t c = 0; c < n; c++)
-          for (int64_t tap = 0; tap < s_.taps; tap++)
-            for (int64_t o = 0; o < s_.growth; o++)
-              dw[(o * channels + c) * s_.taps + tap] = static_cast<T>(filter_gradient(sum.data(), n, c, tap, o) * s_.tau);
+        const std::vector<double> found = untransform_filters(sum, n, s_.growth, form_);
+        for (int64_t o = 0; o < s_.growth; o++)
+          for (int64_t i = 0; i < n * s_.taps; i++)
+            dw[o * channels * s_.taps + i] = static_cast<T>(found[i * s_.growth + o] * s_.tau);
       }
     });
     coefficients(j);
-  }
-
-  // An element of G^T sum, sum of [parts][n, taps along the width, growth].
-  double filter_gradient(const double* sum, int64_t n, int64_t c, int64_t tap, int64_t o) const {
-    const int64_t at = (c * form_.taps + tap % form_.taps) * s_.growth + o;
-    if (form_.parts == 1) return sum[at];
-    double found = 0;
-    for (int64_t k = 0; k < form_.parts; k++)
-      found += kFilterTransform[k][tap / form_.taps] * sum[k * n * form_.taps * s_.growth + at];
-    return found;
   }
 
   // dX_j (or dY_{j-1} in the paper's order) = a * gradient + b * (x - m) + c [+ dOut]

@@ -105,6 +105,21 @@ std::vector<T> transform_filters(const T* weight, int64_t filters, Form form) {
   return found;
 }
 
+// G^T g, g of [parts][C, taps along the width, D]: [C, taps, D].
+inline std::vector<double> untransform_filters(const std::vector<double>& g, int64_t channels, int64_t outputs,
+                                               Form form) {
+  if (form.parts == 1) return g;
+  std::vector<double> found(channels * 9 * outputs);
+  const double* from = g.data();
+  for (int64_t k = 0; k < form.parts; k++)
+    for (int64_t c = 0; c < channels; c++)
+      for (int64_t t = 0; t < 3; t++, from += outputs)
+        for (int64_t r = 0; r < 3; r++)
+          for (int64_t o = 0; o < outputs; o++)
+            found[((c * 3 + r) * 3 + t) * outputs + o] += kFilterTransform[k][r] * from[o];
+  return found;
+}
+
 // act(scale * x + shift) for every pair of layer and channel read (preactivation) or every output: the normalisation
 // with its statistics folded in.
 template <class T>

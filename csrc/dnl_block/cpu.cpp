@@ -146,12 +146,17 @@ class Forward {
         const T* shift = prologue ? folded_.shift.data() + offset + channel : nullptr;
         const Planes<T> x = at(states_, tile.image, span.first + c);
         DNL_ISA_CALL(gather<T>(tile, {x.data, x.image_stride, x.channel_stride}, n, scale, shift, activation, in));
+        // The channels after these, for the last group of outputs to ask for.
+        const int64_t left = f.images == 1 ? std::min(kBlock, span.channels - c - n) : 0;
+        const Ahead next{x.data + n * x.channel_stride + tile.row * s_.width,
+                         left * x.channel_stride * static_cast<int64_t>(sizeof(T))};
         for (int64_t k = 0; k < form.parts; k++)
           for_each_group(s_.growth, [&](int64_t o, int64_t outputs) {
             const T* w = packed_.data() + s_.packed_offset(l) +
                          (k * s_.growth * channels + o * channels + channel * outputs) * form.taps;
             DNL_ISA_CALL(convolve<T>(f, in + k * length, form.parts * length, n, taps, form.taps, w, outputs,
-                                     channel > 0, out + (k * s_.growth + o) * length, Ahead{}));
+                                     channel > 0, out + (k * s_.growth + o) * length,
+                                     o + outputs == s_.growth ? next.share(k, form.parts) : Ahead{}));
           });
         channel += n;
       }
