@@ -37,11 +37,16 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tests that run kernels of csrc, in every dtype and at every instruction-set level, without those that compile or
+# differentiate numerically: they run the same kernels again.
 sanitize: $(READY) ## operator tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer
 	DNL_CUDA=0 DNL_CXXFLAGS="$(SANITIZE)" $(BIN)/python dnl_kernels/_builder.py build/sanitized
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DNL_LIBRARY_DIR=build/sanitized \
-	$(BIN)/python -m pytest python_tests/ops -m "not slow" --capture=sys
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DNL_LIBRARY_DIR=build/sanitized $(PARALLEL) \
+	$(BIN)/python -m pytest --numprocesses auto --capture=sys -m "not slow" \
+	-k "not derivative and not gradcheck and not gradients_of_gradients and not double_backward and not compile" \
+	python_tests/ops/test_dense_sum.py python_tests/ops/test_dense_conv2d.py python_tests/ops/test_dnl_block_cpu.py \
+	python_tests/ops/test_nonlocal_attention.py
 
 install-check: build ## every way of installing, in environments that lack something
 	$(BIN)/python python_tests/install/check_install.py
