@@ -446,7 +446,7 @@ TILES = {
 TILES_GENERAL = {
     ("forward", HALF): {64: Config(128, 32, 8, 3), 128: Config(64, 32, 8, 3), 256: Config(32, 32, 8, 2)},
     ("forward", FULL): {64: Config(64, 16, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("query", HALF): {64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    ("query", HALF): {64: Config(128, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 1)},
     ("query", FULL): {64: Config(32, 16, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     ("key", HALF): {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
     ("key", FULL): {64: Config(16, 64, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
