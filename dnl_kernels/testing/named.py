@@ -10,16 +10,18 @@ from torch import Tensor
 
 from ..ops.dnl_block.config import LayerParameters
 from . import dense_conv2d, dense_linear, dense_sum, dnl_block, dnl_layer, nonlocal_attention
-from .budget import assert_within_budget
+from .budget import assert_within_budget, relative_error
 
 
 class Call(NamedTuple):
     """leaves: the differentiable tensors by name, on the CPU. run(leaves, backend): the operator on them, wherever they
-    are. factors: of the error budget by the name of a gradient or "output", where it is not 2; "" for all."""
+    are. factors: of the error budget by the name of a gradient or "output", where it is not 2; "" for all.
+    sensitive: the result depends so much on the inputs' last bits that eager's error is chance; see `sensitivity`."""
 
     leaves: dict[str, Tensor]
     run: Callable[[Mapping[str, Tensor], str | None], Tensor]
     factors: Mapping[str, float] = {}
+    sensitive: bool = False
 
 
 def _listed(states: list[Tensor]) -> dict[str, Tensor]:
@@ -79,8 +81,8 @@ def _nonlocal_attention(kernel):
             return nonlocal_attention.nonlocal_attention(**leaves, **words)
 
         named = dict(zip(("query", "key", "value", "bandwidth"), tensors, strict=True))
-        # Of large scores the error is chance: over eight draws 5e-6 to 2e-4, alike for eager and every kernel.
-        return Call(_given(named), run, {"": case.factor * (4 if case.spread > 1 else 1), "bandwidth": 10.0})
+        sensitive = case.spread > 1  # over eight draws the Triton kernels were seen at 2.4 times the budget's baseline
+        return Call(_given(named), run, {"": 3.0 if sensitive else case.factor, "bandwidth": 10.0}, sensitive)
 
     return make
 
@@ -141,6 +143,21 @@ def gradients(call: Call, leaves: Mapping[str, Tensor], backend: str | None) -> 
     return {"output": output.detach(), **named}
 
 
+def sensitivity(call: Call, exact: Mapping[str, Tensor], dtype: torch.dtype, draws: int = 8) -> dict[str, float]:
+    """The largest errors that one rounding of every input causes in exact arithmetic: what no algorithm in that dtype
+    can be expected to beat (backward stability), and no luck of a single eager result changes."""
+    generator, unit = torch.Generator().manual_seed(0), torch.finfo(dtype).eps / 2
+    worst = dict.fromkeys(exact, 0.0)
+    for _ in range(draws):
+        moved = {
+            name: t.double() * (1 + unit * (2 * torch.rand(t.shape, generator=generator, dtype=torch.float64) - 1))
+            for name, t in call.leaves.items()
+        }
+        for name, found in gradients(call, moved, "reference").items():
+            worst[name] = max(worst[name], relative_error(found, exact[name]))
+    return worst
+
+
 def check(call: Call, backend: str | None, device: str = "cpu") -> None:
     """The output and every gradient on `device`, within the error budget against float64 on the CPU."""
     there = {name: t.to(device) for name, t in call.leaves.items()}
@@ -148,6 +165,7 @@ def check(call: Call, backend: str | None, device: str = "cpu") -> None:
     eager = gradients(call, there, "reference")
     exact = gradients(call, {name: t.double() for name, t in call.leaves.items()}, "reference")
     assert actual.keys() == eager.keys() == exact.keys()
+    floors = sensitivity(call, exact, next(iter(call.leaves.values())).dtype) if call.sensitive else {}
     for name, value in actual.items():
         factor = call.factors.get(name, call.factors.get("", 2.0))
-        assert_within_budget(name, value.cpu(), exact[name], eager[name].cpu(), factor)
+        assert_within_budget(name, value.cpu(), exact[name], eager[name].cpu(), factor, floors.get(name, 0.0))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dnl_kernels import _backend
-from dnl_kernels.testing import dense_sum, named, nonlocal_attention
+from dnl_kernels.testing import dense_sum, dnl_block, named, nonlocal_attention
 from dnl_kernels.testing.operators import operators
 
 if not torch.cuda.is_available():
@@ -118,6 +118,37 @@ def test_another_stream_and_a_cuda_graph(op, backend):
         leaf.mul_(0.5)
     graph.replay()
     assert torch.equal(captured, call()) and not torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("name", ["densenet", "equation-1-batch-norm", "conv1x1-softmax"])
+def test_a_training_step_of_a_block_in_a_cuda_graph(name):
+    """Forward and backward, captured once and replayed on other values of the same tensors."""
+    case = dnl_block.CASES[name]
+    x0, layers = dnl_block.inputs(case, torch.float32)
+    x0 = x0.cuda().requires_grad_()
+    layers = [{n: t.cuda() for n, t in layer.items()} for layer in layers]
+    leaves = [x0, *(layers[i][n].requires_grad_() for i, n in dnl_block.trainable(layers))]
+
+    def step():
+        parameters = [dnl_block.LayerParameters(**layer) for layer in layers]
+        y = dnl_block.dnl_block(x0, parameters, case.config, backend="triton")
+        return y, *torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.mul_(0.5)
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        assert (found is None) == (expected is None)
+        assert found is None or torch.equal(found, expected)
 
 
 @every_pair

@@ -38,6 +38,7 @@ from ..nonlocal_attention.triton import (
     _fold_keys,
     _load,
     _positions,
+    _reread,
     _store,
     _strides,
     _wide,
@@ -57,14 +58,14 @@ Parameters = collections.namedtuple("Parameters", PARAMETERS)  # noqa: PYI024  t
 @triton.jit
 def _project(
     y, n, outputs, WEIGHT, BIAS, OUT, first, rows, image, place, inside, stride, plane, LAST: tl.constexpr,
-    PRECISION: tl.constexpr, R: tl.constexpr,
+    PRECISION: tl.constexpr, TENSOR_CORES: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """W y + b of a tile, into the channels first, first + 1, .. of OUT."""
     for start in range(0, rows, R):
         r = start + tl.arange(0, R)
         w = tl.load(WEIGHT + r[None, :] * outputs + n[:, None], mask=(r < rows)[None, :] & (n < outputs)[:, None],
                     other=0.0)  # fmt: skip
-        x = tl.dot(y, w, input_precision=PRECISION)
+        x = tl.dot(_reread(y, start < rows, TENSOR_CORES), w, input_precision=PRECISION)
         if BIAS is not None:
             x += tl.load(BIAS + r, mask=r < rows, other=0.0).to(tl.float32)[None, :]
         to = _pointers(OUT, image, place, first + r, stride, plane, LAST, False)
@@ -77,8 +78,8 @@ def project_kernel(
     V, V_BIAS, OUT, Y, count, pixels, plane, width, outputs, q_rows, v_rows, out_stride, y_stride, steps, skip_steps,
     tau,
     SIZE: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr, OUT_LAST: tl.constexpr, ALIGNED: tl.constexpr,
-    SKIP_ALIGNED: tl.constexpr, PRECISION: tl.constexpr, P: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr,
+    SKIP_ALIGNED: tl.constexpr, PRECISION: tl.constexpr, TENSOR_CORES: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """A tile of y = tau * sum_j K_j act(norm(x_j)) + b [+ A x_s + a], and of its projections, side by side in OUT."""
     p, image, place = _pixels(tl.program_id(0).to(tl.int64) * P, plane, P)
@@ -104,13 +105,13 @@ def project_kernel(
         tl.store(to, rounded, mask=inside[:, None] & (n < outputs)[None, :])
     first = q_rows
     _project(rounded, n, outputs, Q, Q_BIAS, OUT, 0, q_rows, image, place, inside, out_stride, plane, OUT_LAST,
-             PRECISION, R)  # fmt: skip
+             PRECISION, TENSOR_CORES, R)  # fmt: skip
     if K is not None:
         first += q_rows
         _project(rounded, n, outputs, K, K_BIAS, OUT, q_rows, q_rows, image, place, inside, out_stride, plane, OUT_LAST,
-                 PRECISION, R)  # fmt: skip
+                 PRECISION, TENSOR_CORES, R)  # fmt: skip
     _project(rounded, n, outputs, V, V_BIAS, OUT, first, v_rows, image, place, inside, out_stride, plane, OUT_LAST,
-             PRECISION, R)  # fmt: skip
+             PRECISION, TENSOR_CORES, R)  # fmt: skip
 
 
 # --- the operator, and what follows it -------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class Tile(NamedTuple):
 # (kernel, bytes of an element) -> the largest number of channels, padded to a power of two, of a tile -> tile.
 TILES = {
     ("project", 2): {64: Tile((128, 32, 64), 8, 2), 128: Tile((64, 32, 32), 8, 2)},
-    ("project", 4): {64: Tile((64, 16, 32), 8, 1)},
+    ("project", 4): {32: Tile((64, 16, 32), 8, 1), 64: Tile((64, 16, 16), 8, 1)},
     ("attend", 2): {64: Tile((128, 64), 8, 2), 128: Tile((64, 32), 8, 1)},
     ("attend", 4): {64: Tile((64, 32), 8, 1)},
 }
@@ -208,6 +209,10 @@ class _Call(NamedTuple):
     @property
     def images(self) -> bool:
         return self.p.affine_weight.dim() == 4
+
+    @property
+    def tensor_cores(self) -> bool:
+        return self.states[0].dtype != torch.float32 or dot_precision() == "tf32"
 
     @property
     def axis(self) -> int:
@@ -294,7 +299,7 @@ def project(call: _Call, y: Tensor | None) -> Tensor:
         _row_stride(products, images), 0 if y is None else _row_stride(y, images), _steps(weight),
         _steps(skip_weight), call.layer.tau, SIZE=size, ACTIVATION=call.layer.input_activation, LAST=last,
         OUT_LAST=not images, ALIGNED=source.aligned(at, size), SKIP_ALIGNED=skip.aligned(at, size),
-        PRECISION=dot_precision(), P=rows, N=columns, C=step,
+        PRECISION=dot_precision(), TENSOR_CORES=call.tensor_cores, P=rows, N=columns, C=step,
         R=power_of_two(max(p.query_weight.shape[0], p.value_weight.shape[0]), 16, at_once),
         num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
@@ -320,7 +325,7 @@ def attend(call: _Call, products: Tensor, out: Tensor) -> None:
         *(_strides(t, call.images) for t in (query, key, value, to)), layer.heads, N,
         LOG2E.value * (call.width**-0.5 if kind == "softmax" else 1.0), D=D, E=E, OUTPUTS=outputs, KIND=kind,
         ACTIVATION=layer.activation, RESIDUAL=layer.residual, PRECISION=precision, WORK=work,
-        TENSOR_CORES=half or precision == "tf32", WIDE=_wide((query, key, value, to), call.images),
+        TENSOR_CORES=call.tensor_cores, WIDE=_wide((query, key, value, to), call.images),
         BLOCK_M=chosen.sizes[0], BLOCK_N=chosen.sizes[1], BLOCK_D=blocks[0], BLOCK_E=blocks[1], BLOCK_O=blocks[2],
         num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip

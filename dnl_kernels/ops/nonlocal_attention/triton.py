@@ -266,7 +266,12 @@ def _pull_keys(
             moment += tl.sum(tl.where(allowed, product, 0.0) if MASKED else product, 1)
         if KIND == "distance":
             row_sum += tl.sum(delta, 1)
-        dq = _add_product(dq, delta, k, allowed, WORK, WORK_PRECISION, CAUSAL=CAUSAL and MASKED)
+        if CAUSAL and MASKED:  # see _add_product; rows that see what is not finite are NaN, in all features here
+            finite = tl.abs(k.to(tl.float32)) < INFINITY
+            lost = allowed & (tl.min(finite.to(tl.int32), 1) == 0)[None, :]
+            row_sum += tl.where(tl.max(lost.to(tl.int32), 1) > 0, float("nan"), 0.0)
+            k = tl.where(finite, k, 0.0).to(k.dtype)
+        dq = tl.dot(delta.to(WORK), k.to(WORK), dq, input_precision=WORK_PRECISION)
     return dq, row_sum, moment
 
 
@@ -300,8 +305,7 @@ def nonlocal_bwd_query_kernel(
         tl.store(DRIFT + row, drift, mask=i_exists)
     q = _centred(_load(Q, q_strides, i, i_exists, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    moment = tl.zeros((BLOCK_M,), tl.float32)
+    row_sum, moment = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     last = tl.minimum(M, (tile + 1) * BLOCK_M) if CAUSAL else M
     full = 0
     if TENSOR_CORES and MASK is None:
@@ -309,17 +313,17 @@ def nonlocal_bwd_query_kernel(
         dq, row_sum, moment = _pull_keys(
             dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, CENTRE, MASK,
             q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION, WORK, WORK_PRECISION,
-            TENSOR_CORES, BLOCK_N,
-            BLOCK_D, BLOCK_E, WIDE,
+            TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
         )  # fmt: skip
     dq, row_sum, moment = _pull_keys(
         dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, full, last, M, b, bh, Q, K, V, CENTRE, MASK,
         q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK, WORK_PRECISION,
-        TENSOR_CORES, BLOCK_N,
-        BLOCK_D, BLOCK_E, WIDE,
+        TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
     )  # fmt: skip
     if KIND == "distance":
         dq -= q.to(tl.float32) * row_sum[:, None]
+    elif CAUSAL:
+        dq += row_sum[:, None]
     dq *= (inverse * (factor / LOG2E))[:, None]
     _store(_at(DQ, dq_strides, b, h), dq_strides, i, i_exists, dq, D, BLOCK_D)
     if MOMENT:
@@ -432,7 +436,7 @@ HALF, FULL = 2, 4  # bytes of an element
 # product's operands fill the registers, so float32 tiles are smaller.
 TILES = {
     ("forward", HALF): {64: Config(128, 64, 8, 3), 128: Config(128, 32, 8, 3), 256: Config(64, 32, 8, 2)},
-    ("forward", FULL): {64: Config(64, 32, 8, 1), 128: Config(32, 32, 8, 1), 256: Config(32, 16, 8, 1)},
+    ("forward", FULL): {64: Config(64, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(32, 16, 8, 1)},
     ("query", HALF): {64: Config(128, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
     ("query", FULL): {64: Config(32, 32, 4, 1), 128: Config(32, 32, 8, 1), 256: Config(16, 16, 8, 1)},
     ("key", HALF): {64: Config(64, 64, 8, 2), 128: Config(64, 64, 8, 2), 256: Config(32, 32, 8, 1)},
@@ -442,7 +446,7 @@ TILES = {
 TILES_GENERAL = {
     ("forward", HALF): {64: Config(128, 32, 8, 3), 128: Config(64, 32, 8, 3), 256: Config(32, 32, 8, 2)},
     ("forward", FULL): {64: Config(64, 16, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("query", HALF): {64: Config(32, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    ("query", HALF): {64: Config(128, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 1)},
     ("query", FULL): {64: Config(32, 16, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     ("key", HALF): {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
     ("key", FULL): {64: Config(16, 64, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
