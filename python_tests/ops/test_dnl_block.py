@@ -1,19 +1,22 @@
 """dnl_block against a plain network that concatenates and normalises in every layer: values, every gradient, the batch
 statistics, what is kept for backward, and every error."""
 
+from statistics import median
+
 import pytest
 import torch
 
 import dnl_kernels as dnl
 from dnl_kernels.ops.dnl_block.api import dnl_block_with_statistics
-from dnl_kernels.testing import assert_within_budget
+from dnl_kernels.testing import assert_within_budget, relative_error
 from dnl_kernels.testing.dnl_block import CASES, DENSE3, inputs, trainable
 
+DRAWS = 9  # of a case whose errors are luck
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def run(case, x0, layers, backend=None):
-    """The states, the gradients by name, and the statistics."""
+    """The states, the gradients by name, and the batch statistics."""
     x0 = x0.detach().requires_grad_()
     names = trainable(layers)
     layers = [{n: t.detach() for n, t in layer.items()} for layer in layers]
@@ -75,17 +78,22 @@ def test_against_the_plain_network_in_float64(case):
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_against_float64(case, dtype):
-    x0, layers = inputs(case, dtype)
-    y, grads, _ = run(case, x0, layers)
-    eager, eager_grads, _ = run(case, x0, layers, "reference")
-    exact, exact_grads, _ = run(case, *cast(x0, layers, torch.float64), "reference")
-    assert_within_budget("y", y, exact, eager)
-    # A batch norm's gradient is a difference of nearly equal sums: in half precision either side may be the lucky one.
-    factor = 2.0 if dtype == torch.float32 else 4.0
-    # Batch norms of 20 values around a non-local N amplify whatever rounding there is: over 30 draws the median of
-    # ours / eager is 1.1 (gaussian) and 1.7 (softmax), the largest 20 and 5; with N composed of operators, 36 and 6.
-    factor = max(factor, 5.0) if case.config.kernel != "local" else factor
-    assert_within_budget("gradients", joined(grads), joined(exact_grads), joined(eager_grads), factor)
+    """Gradients through batch norms of 20 values amplify whatever rounding there is, most of all around a non-local N
+    and in half precision: in a single draw either side may be ten times the lucky one. There the median error of
+    several draws is held to the budget; over 30 of them, ours / eager was 0.3 to 1.4."""
+    draws = 1 if case.config.kernel == "local" and dtype == torch.float32 else DRAWS
+    errors, baselines = [], []
+    for _ in range(draws):
+        x0, layers = inputs(case, dtype)
+        y, grads, _ = run(case, x0, layers)
+        eager, eager_grads, _ = run(case, x0, layers, "reference")
+        exact, exact_grads, _ = run(case, *cast(x0, layers, torch.float64), "reference")
+        assert_within_budget("y", y, exact, eager)
+        exact_joined = joined(exact_grads)
+        errors.append(relative_error(joined(grads), exact_joined))
+        baselines.append(relative_error(joined(eager_grads), exact_joined))
+    allowed = 2 * (median(baselines) + 2 * torch.finfo(dtype).eps)
+    assert median(errors) <= allowed, (errors, baselines)
 
 
 def kept_bytes(config, x0, parameters, backend):

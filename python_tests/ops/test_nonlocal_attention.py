@@ -1,6 +1,7 @@
 """nonlocal_attention against float64: kernels, cases, dtypes, gradients, ISA levels, numerics, and every error."""
 
 import threading
+from statistics import median
 
 import hypothesis
 import hypothesis.strategies as st
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dnl_kernels as dnl
 from dnl_kernels import _backend
 from dnl_kernels.ops.nonlocal_attention import tiled
-from dnl_kernels.testing import assert_within_budget
+from dnl_kernels.testing import assert_within_budget, relative_error
 from dnl_kernels.testing.nonlocal_attention import CASES, KERNELS, Case, inputs, keywords
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -34,8 +35,8 @@ def run(tensors, backend, **keywords):
 def check(tensors, together=False, factor=2.0, **keywords):
     """Everything within the budget; `together`: of all gradients at once, where some vanish but for rounding.
 
-    dbandwidth is one number, a sum over all pairs whose terms cancel: eager's own error there is small by chance as
-    often as not. Over 12 draws of a case the median of ours / eager is 0.1 to 3.1, the largest 22."""
+    dbandwidth is one number, a sum over all pairs whose terms cancel: in a single draw either side may be the lucky one
+    by far (ours / eager over 24 draws: at most 15). What holds on average is tested below."""
     out, grads = run(tensors, "cpu", **keywords)
     eager, eager_grads = run(tensors, "reference", **keywords)
     exact, exact_grads = run([None if t is None else t.double() for t in tensors], "reference", **keywords)
@@ -61,6 +62,20 @@ def test_against_float64(isa, case, kernel):
 def test_float64(isa, name, kernel):
     tensors, mask = inputs(CASES[name], kernel, torch.float64)
     check(tensors, key_mask=mask, **keywords(CASES[name], kernel))
+
+
+def test_the_gradient_of_the_bandwidth_is_on_average_as_exact_as_eager():
+    """The middle of ours / eager over cases and draws; 0.5 when this was written."""
+    ratios = []
+    for name in ("odd", "channels-first", "causal", "key-mask", "several-parts", "wide"):
+        for kernel in ("gaussian", "gaussian-unnormalised"):
+            for _ in range(4):
+                tensors, mask = inputs(CASES[name], kernel, torch.float32)
+                words = {"key_mask": mask, **keywords(CASES[name], kernel)}
+                exact = run([t.double() for t in tensors], "reference", **words)[1][3]
+                ours, eager = (relative_error(run(tensors, b, **words)[1][3], exact) for b in ("cpu", "reference"))
+                ratios.append(ours / (eager + torch.finfo(torch.float32).eps))
+    assert median(ratios) <= 1.0, sorted(ratios)
 
 
 @every_case
