@@ -304,14 +304,7 @@ __global__ void __launch_bounds__(32 * kConvMaxWarps, 1)
     const int span = t.span(tile.images, tile.rows), blocks = (span + 15) / 16;
     __syncthreads();  // the previous tile is done with
     fill_zero(memory, shared.total * sizeof(T));
-    for (int block = threadIdx.x; block < blocks; block += blockDim.x) {
-      uint32_t bits = 0;
-      for (int k = 0; k < 16; k++) {
-        const int position = block * 16 + k, in_image = position % t.image_pitch;
-        bits |= uint32_t(position < span && in_image < tile.rows * t.pitch && in_image % t.pitch < t.width) << k;
-      }
-      interior[block] = bits;
-    }
+    find_interior(interior, t, tile);
     if (threadIdx.x < kConvMaxOutputs) {  // dy: as a state without a prologue
       const int64_t pixels = static_cast<int64_t>(t.height) * t.width;
       ConvPlane<T> plane{};

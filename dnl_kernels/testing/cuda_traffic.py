@@ -15,8 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.dnl_block import fused
+from ..ops.dnl_block.config import BlockConfig, LayerParameters
 from . import cuda_emulator
 from .dense_conv2d import Case, inputs
+from .dnl_block import Case as BlockCase
+from .dnl_block import inputs as block_inputs
 
 HEADER = "Computed from the kernels' addresses, not measured on a GPU."
 
@@ -104,8 +108,34 @@ def conv_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]
     return rows
 
 
+BLOCK_CASES = {  # the resident block, in evaluation
+    "8x8, 12 channels, 16 layers of growth 6": (8, 16),
+    "16x16, 12 channels, 4 layers of growth 6": (16, 4),
+}
+BLOCK_BAR = 1.15
+
+
+def block_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
+    rows = []
+    for name, (side, layers) in BLOCK_CASES.items():
+        connectivity = tuple((True,) * (layer + 1) for layer in range(layers))
+        config = BlockConfig(12, layers, 6, connectivity, norm=None)
+        x0, tensors = block_inputs(BlockCase(config, (side, side), 1), dtype)
+        parameters = [LayerParameters(**layer) for layer in tensors]
+        packed = fused.pack(config, x0, parameters, torch.float32)
+        packed = packed._replace(weight=packed.weight.to(dtype))
+        call = lambda: torch.ops.dnl_emulated.dnl_block_resident(x0, *packed, *fused.static_arguments(config))  # noqa: B023, E731
+        states = call()
+        compulsory = size(x0, states, *(t for t in packed if t is not None))
+        moved, conflicts = count(emulator, call)
+        flops = 2.0 * side * side * packed.weight.numel()
+        rows.append(Row("dnl_block_fwd", name, dtype, compulsory, moved, BLOCK_BAR, flops, conflicts))
+    return rows
+
+
 def rows(emulator: cuda_emulator.Emulator) -> list[Row]:
-    return [row for dtype in (torch.bfloat16, torch.float32) for row in conv_rows(emulator, dtype)]
+    return [row for dtype in (torch.bfloat16, torch.float32) for make in (conv_rows, block_rows)
+            for row in make(emulator, dtype)]  # fmt: skip
 
 
 def text(found: list[Row]) -> str:
