@@ -7,7 +7,7 @@ namespace dnl {
 constexpr int kConvMaxStates = 96;   // their pointers travel in the launch's parameters
 constexpr int kConvMaxOutputs = 32;
 constexpr int kConvMaxWidth = 128;   // a row with its neighbours must fit in shared memory
-constexpr int kConvSharedBytes = 94 << 10;  // with the tables below the 99 KiB that every architecture since sm_80 has
+constexpr int kConvSharedBytes = 98176;  // with the tables below the 99 KiB that every architecture since sm_80 has
 constexpr int kConvPartialRows = 264;  // blocks of threads of the backward kernel: two for each multiprocessor of an H100
 
 struct ConvState {  // channels [first, first + size); rows dense

@@ -8,6 +8,7 @@ computed; nothing is measured on a GPU.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -49,6 +50,7 @@ class Row(NamedTuple):
     bar: float
     flops: float
     conflicts: int  # of ldmatrix
+    banks: float  # conflicts of ordinary accesses to shared memory for each that a warp makes; NaN: not counted
 
     @property
     def ratio(self) -> float:
@@ -64,13 +66,15 @@ def size(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def count(emulator: cuda_emulator.Emulator, call: Callable) -> tuple[int, int]:
-    """Bytes that the call moves, and its bank conflicts."""
+def count(emulator: cuda_emulator.Emulator, call: Callable) -> tuple[int, int, float]:
+    """Bytes that the call moves, the bank conflicts of ldmatrix, and those of other accesses for each of them."""
     emulator.counts()
     with emulator.tracing():
         call()
     moved = sum(traffic.by_blocks for traffic in emulator.traffic_of(0, 1 << 62))
-    return moved, emulator.counts()["ldmatrix_conflicts"]
+    counts = emulator.counts()
+    banks = counts["shared_conflicts"] / counts["shared"] if counts["shared"] else float("nan")
+    return moved, counts["ldmatrix_conflicts"], banks
 
 
 CONV_CASES = {
@@ -79,8 +83,6 @@ CONV_CASES = {
     "1x1, 32x32, 64 channels to 24": Case(2, (64,), 32, 32, 24, size=1),
 }
 CONV_BARS = {"fwd": 1.15, "bwd": 1.2}
-# A single image cut into four bands: four rows of partial sums, which longer batches share (kConvPartialRows).
-CONV_EXCEPTIONS = {("bwd", "64x48, 32 channels, growth 8"): 1.3}
 
 
 def conv_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
@@ -102,9 +104,9 @@ def conv_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]
             "bwd": 2 * size(*states, weight, scale, shift) + size(bias, y),
         }
         for kind, call in calls.items():
-            moved, conflicts = count(emulator, call)
-            bar, work = CONV_EXCEPTIONS.get((kind, name), CONV_BARS[kind]), flops * (1 if kind == "fwd" else 2)
-            rows.append(Row(f"dense_conv2d_{kind}", name, dtype, compulsory[kind], moved, bar, work, conflicts))
+            moved, conflicts, banks = count(emulator, call)
+            bar, work = CONV_BARS[kind], flops * (1 if kind == "fwd" else 2)
+            rows.append(Row(f"dense_conv2d_{kind}", name, dtype, compulsory[kind], moved, bar, work, conflicts, banks))
     return rows
 
 
@@ -127,9 +129,9 @@ def block_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row
         call = lambda: torch.ops.dnl_emulated.dnl_block_resident(x0, *packed, *fused.static_arguments(config))  # noqa: B023, E731
         states = call()
         compulsory = size(x0, states, *(t for t in packed if t is not None))
-        moved, conflicts = count(emulator, call)
+        moved, conflicts, banks = count(emulator, call)
         flops = 2.0 * side * side * packed.weight.numel()
-        rows.append(Row("dnl_block_fwd", name, dtype, compulsory, moved, BLOCK_BAR, flops, conflicts))
+        rows.append(Row("dnl_block_fwd", name, dtype, compulsory, moved, BLOCK_BAR, flops, conflicts, banks))
     return rows
 
 
@@ -139,17 +141,20 @@ def rows(emulator: cuda_emulator.Emulator) -> list[Row]:
 
 
 def text(found: list[Row]) -> str:
-    header = ["kernel", "case", "dtype", "compulsory KiB", "moved KiB", "ratio", "bar"]
+    header = ["kernel", "case", "dtype", "compulsory KiB", "moved KiB", "ratio", "bar", "bank conflicts"]
     header += [f"floor on {device}, us" for device in DEVICES]
     lines = [header, ["---"] * len(header)]
     for row in found:
         facts = [f"{row.compulsory / 1024:.0f}", f"{row.moved / 1024:.0f}", f"{row.ratio:.3f}", f"{row.bar:.2f}"]
+        facts.append("-" if math.isnan(row.banks) else f"{row.banks:.2f}")
         floors = [f"{row.floor(device):.2f}" for device in DEVICES.values()]
         lines.append([row.kernel, row.case, str(row.dtype).removeprefix("torch."), *facts, *floors])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"# CUDA C++ kernels: global-memory traffic\n\n{HEADER}\n\nMoved: 32-byte sectors that a block of threads "
         "touches, each once per block, with halos, re-read filters and the partial sums that a second launch adds up. "
+        "Bank conflicts: for each ordinary access of a warp to shared memory, how often it is repeated; those of ldmatrix "
+        "are none. "
         "Floor: max(compulsory bytes / bandwidth, FLOPs / rate) of the sizes of the case, from the data sheets "
         "(936, 1555, 3350 GB/s; 71, 312, 989 TFLOP/s for half types; 35.6, 19.5, 67 for float32 by FMA).\n\n"
         f"{table}\n"

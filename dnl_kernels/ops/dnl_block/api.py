@@ -32,7 +32,9 @@ def dnl_block(
         parameters: the tensors of each of the L layers; shapes as in LayerParameters, dtype and device of x0 (those of
             a normalisation may be float32 where x0 is of a half type).
         config: the static description.
-        backend: None (the best), "reference", "cpu", "triton" or "cuda".
+        backend: None (the best), "reference", "cpu", "triton" or "cuda". On a GPU, in evaluation or without a norm and
+            without gradients, a block whose states fit in shared memory is one launch (`resident.limit` says what
+            does not fit; the log names it).
 
     Returns:
         The states buffer [B, C0 + L * G, H, W] or [B, N, C0 + L * G].
