@@ -18,10 +18,15 @@ from torch import Tensor
 
 from ..ops.dnl_block import fused
 from ..ops.dnl_block.config import BlockConfig, LayerParameters
+from ..ops.dnl_layer import fused as layer_fused
 from . import cuda_emulator
 from .dense_conv2d import Case, inputs
+from .dense_sum import Case as SumCase
+from .dense_sum import inputs as sum_inputs
 from .dnl_block import Case as BlockCase
 from .dnl_block import inputs as block_inputs
+from .dnl_layer import Case as LayerCase
+from .dnl_layer import inputs as layer_inputs
 
 HEADER = "Computed from the kernels' addresses, not measured on a GPU."
 
@@ -135,8 +140,63 @@ def block_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row
     return rows
 
 
+SUM_CASES = {"5 x [4, 6, 16, 16], a weight for each state": None, "5 x [4, 6, 16, 16], for each channel": 1}
+SUM_BARS = {"fwd": 1.02, "bwd": 1.1}
+
+
+def sum_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
+    ops, rows = torch.ops.dnl_emulated, []
+    for name, channel_dim in SUM_CASES.items():
+        weight, states = sum_inputs(SumCase((4, 6, 16, 16), 5, channel_dim), dtype)
+        y = ops.dense_sum_fwd(states, weight, channel_dim or 0)
+        calls = {
+            "fwd": lambda: ops.dense_sum_fwd(states, weight, channel_dim or 0),  # noqa: B023
+            "bwd": lambda: ops.dense_sum_bwd(y, states, weight, channel_dim or 0, True, True),  # noqa: B023
+        }
+        compulsory = {"fwd": size(*states, y, weight), "bwd": 2 * size(*states, weight) + size(y)}
+        for kind, call in calls.items():
+            moved, *conflicts = count(emulator, call)
+            flops = 2.0 * len(states) * y.numel() * (1 if kind == "fwd" else 2)
+            rows.append(
+                Row(f"dense_sum_{kind}", name, dtype, compulsory[kind], moved, SUM_BARS[kind], flops, *conflicts)
+            )
+    return rows
+
+
+LAYER_CASES = {  # a sample each; backward, the states are read twice and nothing else was kept
+    "softmax, 8x8, 8 + 16 channels to 8, 2 heads of 3": LayerCase((8, 8), (8, 16), 8, 1, "softmax", 2, batch=1),
+    "gaussian, 100 tokens, 8 + 16 channels to 8, 1 head of 3": LayerCase((100,), (8, 16), 8, 1, "gaussian", batch=1),
+}
+LAYER_BARS = {"fwd": 1.15, "bwd": 1.6}
+
+
+def layer_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
+    ops, rows = torch.ops.dnl_emulated, []
+    for name, case in LAYER_CASES.items():
+        states, tensors = layer_inputs(case, dtype)
+        named = {n.removeprefix("theta."): t for n, t in tensors.items()}
+        given = (states, None, *(named.get(n) for n in layer_fused.PARAMETERS))
+        static = (case.kernel, case.activation, case.tau, "identity", case.heads, case.residual)
+        y = ops.dnl_layer_fwd(*given, *static)
+        calls = {
+            "fwd": lambda: ops.dnl_layer_fwd(*given, *static),  # noqa: B023
+            "bwd": lambda: ops.dnl_layer_bwd(y, *given, *static, True, True),  # noqa: B023
+        }
+        compulsory = {"fwd": size(*states, y, *named.values()), "bwd": 2 * size(*states, *named.values()) + size(y)}
+        positions, inner = y.numel() / case.width, 3 * case.heads
+        weights = sum(t.numel() for t in named.values() if t.dim() > 1)
+        flops = 2 * positions * (weights + 2 * positions * inner)
+        for kind, call in calls.items():
+            moved, *conflicts = count(emulator, call)
+            work = flops * (1 if kind == "fwd" else 3)
+            rows.append(
+                Row(f"dnl_layer_{kind}", name, dtype, compulsory[kind], moved, LAYER_BARS[kind], work, *conflicts)
+            )
+    return rows
+
+
 def rows(emulator: cuda_emulator.Emulator) -> list[Row]:
-    return [row for dtype in (torch.bfloat16, torch.float32) for make in (conv_rows, block_rows)
+    return [row for dtype in (torch.bfloat16, torch.float32) for make in (sum_rows, conv_rows, layer_rows, block_rows)
             for row in make(emulator, dtype)]  # fmt: skip
 
 
@@ -153,8 +213,7 @@ def text(found: list[Row]) -> str:
     return (
         f"# CUDA C++ kernels: global-memory traffic\n\n{HEADER}\n\nMoved: 32-byte sectors that a block of threads "
         "touches, each once per block, with halos, re-read filters and the partial sums that a second launch adds up. "
-        "Bank conflicts: for each ordinary access of a warp to shared memory, how often it is repeated; those of ldmatrix "
-        "are none. "
+        "Bank conflicts: how often an ordinary access of a warp to shared memory is repeated; ldmatrix: none. "
         "Floor: max(compulsory bytes / bandwidth, FLOPs / rate) of the sizes of the case, from the data sheets "
         "(936, 1555, 3350 GB/s; 71, 312, 989 TFLOP/s for half types; 35.6, 19.5, 67 for float32 by FMA).\n\n"
         f"{table}\n"

@@ -143,7 +143,7 @@ def test_only_the_wanted_gradient_is_computed(emulated, wanted, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_more_tiles_than_rows_of_partial_sums(emulated, dtype):
     """264 blocks of threads share 266 tiles: two of them add a second tile to their sums."""
-    parameters, states = inputs(Case(266, (2,), 24, 23, 1, size=1), dtype)
+    parameters, states = inputs(Case(266, (2,), 31, 22, 1, size=1), dtype)
     emulated.counts()
     torch.ops.dnl_emulated.dense_conv2d_bwd(
         states[0][:, :1], states, parameters[0], None, None, "relu", 1.0, True, True, True, True

@@ -23,6 +23,11 @@ def emulator():
     return Emulator(self_test.load(library))
 
 
+@pytest.fixture(scope="module")
+def banks():
+    return Emulator(self_test.load(cuda_emulator.build("banks", [self_test.SOURCE])))
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(map(str, s)))
 def test_every_schedule_gives_the_result(emulator, schedule):
     emulator.configure(schedule)
@@ -62,9 +67,8 @@ def test_bank_conflicts_of_ldmatrix_are_counted(emulator):
     [(4, 0, 0), (4, 4, 0), (4, 8, 1), (4, 12, 0), (4, 128, 31), (4, 132, 0), (8, 8, 0), (8, 16, 1), (8, 128, 15)]
     + [(16, 16, 0), (16, 32, 1), (16, 48, 0), (16, 128, 7), (16, 144, 0)],
 )
-def test_bank_conflicts_of_ordinary_accesses_are_counted(size, stride, conflicts):
+def test_bank_conflicts_of_ordinary_accesses_are_counted(banks, size, stride, conflicts):
     """A write and a read by 32 lanes: of 4 bytes in one go, of 8 in two, of 16 in four, without conflicts."""
-    banks = Emulator(self_test.load(cuda_emulator.build("banks", [self_test.SOURCE])))
     banks.counts()
     out = array.array("f", [0.0] * 132)
     aligned = ctypes.c_void_p((out.buffer_info()[0] + 15) // 16 * 16)
