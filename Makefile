@@ -58,6 +58,7 @@ cuda-check: $(READY) ## compile every GPU kernel without a GPU, count traffic, a
 	$(BIN)/python -m pip install --quiet --editable '.[cuda-check]'
 	DNL_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0;12.0+PTX" $(BIN)/python dnl_kernels/_builder.py
 	$(BIN)/python -m dnl_kernels.testing.cuda_gate --markdown docs/gpu/cuda-compile.md
+	DNL_EMULATOR_FLAVOUR=banks $(BIN)/python -m dnl_kernels.testing.cuda_traffic --markdown docs/gpu/cuda-traffic.md
 
 mutation-check: build ## break the Triton kernels on purpose and see their tests fail
 	$(BIN)/python python_tests/triton_backend/mutations.py

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ REFERENCE = Support()
 CPU = Support(devices=("cpu",))
 CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA = Support(devices=("cuda",), dtypes=CUDA_DTYPES)
+SMALLEST_SHARED_MEMORY = 99 << 10  # bytes that a block may have on every architecture from sm_80 on
 TRITON = Support(devices=_ops.TRITON_DEVICES, dtypes=CUDA_DTYPES)
 
 SUPPORTS: dict[str, dict[str, Support]] = {}
@@ -100,8 +101,8 @@ def select(op: str, backend: str | None, example: Tensor, **facts: object) -> st
         why = reasons(op, name, device, dtype, facts)
         if not why:
             return name
-        if support.devices and not torch.compiler.is_compiling():
-            _log_fallback(op, name, "; ".join(why))
+        if support.devices:
+            log_fallback(op, name, "; ".join(why))
     raise AssertionError("the reference backend runs every call")
 
 
@@ -110,9 +111,23 @@ def check_backend(op: str, backend: str | None) -> None:
         raise ValueError(f"{op}: backend is {backend!r}; expected None or one of {', '.join(PREFERENCE)}")
 
 
+def log_fallback(op: str, backend: str, why: str) -> None:
+    """Says once why a backend that was considered does not run."""
+    if not torch.compiler.is_compiling():
+        _log_once(op, backend, why)
+
+
 @functools.cache
-def _log_fallback(op: str, backend: str, why: str) -> None:
+def _log_once(op: str, backend: str, why: str) -> None:
     log.info("%s: not using the %s backend: %s", op, backend, why)
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads may have."""
+    if device.type != "cuda":
+        return SMALLEST_SHARED_MEMORY
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks it
+    return properties.shared_memory_per_block_optin
 
 
 def kernel(backend: str, name: str) -> Callable:

@@ -125,6 +125,11 @@ def _dnl_block_fwd(
     )
 
 
+def _dnl_block_resident(x0, weight, bias, gamma, beta, mean, var, connectivity, growth_rate, *_):
+    batch, in_channels, height, width = x0.shape
+    return x0.new_empty((batch, in_channels + growth_rate * _layers(connectivity), height, width))
+
+
 def _dnl_block_bwd(
     dstates, states, outputs, weight, bias, gamma, beta, mean, var, connectivity, growth_rate, size, preactivation,
     norm, training, activation, tau, eps,
@@ -225,6 +230,7 @@ SCHEMAS: dict[str, Schema] = {
         f"(Tensor dout, {_LAYER_TAIL}, bool need_states, bool need_parameters) -> (Tensor[], Tensor)", _dnl_layer_bwd
     ),
     "dnl_block_fwd": Schema(f"(Tensor x0, {_BLOCK_TAIL} -> (Tensor, Tensor, Tensor, Tensor)", _dnl_block_fwd),
+    "dnl_block_resident": Schema(f"(Tensor x0, {_BLOCK_TAIL} -> Tensor", _dnl_block_resident),
     "dnl_block_bwd": Schema(
         f"(Tensor dstates, Tensor states, Tensor outputs, {_BLOCK_TAIL} -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _dnl_block_bwd,

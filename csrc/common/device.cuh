@@ -14,12 +14,6 @@
 #include <type_traits>
 
 #define DNL_DEVICE __device__ __forceinline__
-// A function of its own: compiled once for all the kernels of a file that call it.
-#ifdef DNL_EMULATOR
-#define DNL_DEVICE_CALL static
-#else
-#define DNL_DEVICE_CALL static __device__ __noinline__
-#endif
 
 // T name[count] in shared memory; T* name = the dynamic shared memory of the launch (16-byte aligned).
 #ifdef DNL_EMULATOR

@@ -281,10 +281,11 @@ __global__ void __launch_bounds__(32 * kConvMaxWarps, 1)
     dense_conv2d_bwd_kernel(const __grid_constant__ ConvBackward p) {
   using E = ConvElement<T>;
   constexpr int kMaxGroups = kConvMaxOutputs / 8 * kConvMaxTaps + 1;
-  DNL_SHARED(ConvPlane<T>, table, kConvMaxOutputs);
+  DNL_SHARED(ConvPlane<T>, table, E::kChunk);
   DNL_SHARED(float, scratch, 2 * E::kChunk * kConvMaxWarps);
   DNL_SHARED(int, group_offsets, kMaxGroups);
   DNL_SHARED(uint32_t, interior, kConvSharedBytes / (80 * 16));  // a bit for each position of a block of 16
+  static_assert(kConvSharedBytes + sizeof table + sizeof scratch + sizeof group_offsets + sizeof interior <= 99 << 10);
   DNL_DYNAMIC_SHARED(T, memory);
   const ConvTiling& t = p.tiling;
   const ConvBackwardShared<T> shared(t.length, p.outputs, p.taps);
@@ -304,24 +305,23 @@ __global__ void __launch_bounds__(32 * kConvMaxWarps, 1)
     const int span = t.span(tile.images, tile.rows), blocks = (span + 15) / 16;
     __syncthreads();  // the previous tile is done with
     fill_zero(memory, shared.total * sizeof(T));
-    for (int block = threadIdx.x; block < blocks; block += blockDim.x) {
-      uint32_t bits = 0;
-      for (int k = 0; k < 16; k++) {
-        const int position = block * 16 + k, in_image = position % t.image_pitch;
-        bits |= uint32_t(position < span && in_image < tile.rows * t.pitch && in_image % t.pitch < t.width) << k;
+    find_interior(interior, t, tile);
+    for (int first = 0; first < p.outputs; first += E::kChunk) {  // dy: as a state without a prologue
+      if (first) __syncthreads();
+      if (threadIdx.x < E::kChunk) {
+        const int64_t pixels = static_cast<int64_t>(t.height) * t.width;
+        const int output = first + threadIdx.x;
+        ConvPlane<T> plane{};
+        if (output < p.outputs)
+          plane.data = static_cast<const T*>(p.dy) + (tile.image * p.outputs + output) * pixels + tile.row * t.width;
+        plane.image_step = p.outputs * pixels;
+        table[threadIdx.x] = plane;
       }
-      interior[block] = bits;
+      __syncthreads();
+      const int count = 8 * shared.octets - first < E::kChunk ? 8 * shared.octets - first : E::kChunk;
+      stage<T>(dy + first * t.length, nullptr, table, count / E::kGroup, t, tile, Activation::identity, false,
+               p.dy_vectors);
     }
-    if (threadIdx.x < kConvMaxOutputs) {  // dy: as a state without a prologue
-      const int64_t pixels = static_cast<int64_t>(t.height) * t.width;
-      ConvPlane<T> plane{};
-      if (threadIdx.x < static_cast<unsigned>(p.outputs))
-        plane.data = static_cast<const T*>(p.dy) + (tile.image * p.outputs + threadIdx.x) * pixels + tile.row * t.width;
-      plane.image_step = p.outputs * pixels;
-      table[threadIdx.x] = plane;
-    }
-    __syncthreads();
-    stage<T>(dy, nullptr, table, shared.octets * 8 / E::kGroup, t, tile, Activation::identity, false, p.dy_vectors);
     __syncthreads();
     for (int output = warp; output < p.outputs; output += warps) {
       float sum = 0;

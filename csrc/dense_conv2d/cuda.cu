@@ -25,20 +25,7 @@ template <class Fits>
 ConvTiling choose_tiling(int64_t batch, int64_t height, int64_t width, int radius, Fits fits) {
   constexpr int64_t kEnoughTiles = 128, kFewPositions = 256;
   const auto tiling = [&](int64_t images, int64_t rows) {
-    ConvTiling t{};
-    t.batch = batch;
-    t.height = static_cast<int>(height);
-    t.width = static_cast<int>(width);
-    t.radius = radius;
-    t.images = static_cast<int>(images);
-    t.rows = static_cast<int>(rows);
-    t.bands = static_cast<int>(ceil_div(height, rows));
-    t.pitch = static_cast<int>(width) + radius;
-    t.image_pitch = static_cast<int>(rows + radius) * t.pitch;
-    t.origin = radius * t.pitch + radius;
-    const int used = t.origin + 16 * t.blocks() + radius * (t.pitch + 1);
-    t.length = (used + 27) / 32 * 32 + 4;
-    return t;
+    return ConvTiling::of(batch, height, width, radius, images, rows);
   };
   if (height * width < kConvMaxPositions && fits(tiling(1, height))) {
     const int64_t few = ceil_div(kFewPositions, tiling(1, height).image_pitch);

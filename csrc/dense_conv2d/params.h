@@ -1,51 +1,19 @@
-// dense_conv2d on a GPU: what a launch is told, and how a batch is cut into tiles.
-//
-// A tile is some whole images, or some rows of one image, with zero padding in flat positions: rows are `pitch` = width +
-// radius apart, so that the padding to the right of a row is also the padding to the left of the next one, and images
-// are `radius` zero rows apart. A tap of the filter is then a fixed offset, whatever the width, and a block of 16
-// consecutive positions is the m of a matrix product (common/conv.h does the same on the CPU).
+// dense_conv2d on a GPU: what a launch is told.
 #pragma once
-#include <cstdint>
-
-#include "common/conv.h"
-
-#ifdef __CUDACC__
-#define DNL_EITHER __host__ __device__
-#else
-#define DNL_EITHER
-#endif
+#include "common/conv.cuh"
 
 namespace dnl {
 
 constexpr int kConvMaxStates = 96;   // their pointers travel in the launch's parameters
 constexpr int kConvMaxOutputs = 32;
 constexpr int kConvMaxWidth = 128;   // a row with its neighbours must fit in shared memory
-constexpr int kConvMaxWarps = 16;
-constexpr int kConvBlocksPerWarp = 5;   // blocks of 16 positions that a warp accumulates in registers
-constexpr int kConvMaxPositions = 16 * kConvBlocksPerWarp * kConvMaxWarps;
-constexpr int kConvSharedBytes = 94 << 10;  // with the tables below the 99 KiB that every architecture since sm_80 has
+constexpr int kConvSharedBytes = 98176;  // with the tables below the 99 KiB that every architecture since sm_80 has
 constexpr int kConvPartialRows = 264;  // blocks of threads of the backward kernel: two for each multiprocessor of an H100
 
 struct ConvState {  // channels [first, first + size); rows dense
   const void* data;
   int64_t image_step, channel_step;
   int first, size;
-};
-
-struct ConvTiling {
-  int height, width, radius;
-  int images, rows;  // of a tile
-  int bands;         // tiles that cover the height; more than 1 only where images == 1
-  int pitch, image_pitch;
-  int origin;  // the first pixel's place in a plane of `length` positions
-  int length;  // 4 modulo 32: neighbouring channels lie in other banks
-  int64_t batch;
-
-  DNL_EITHER int span(int of_images, int of_rows) const {  // positions from the first pixel to behind the last one
-    return (of_images - 1) * image_pitch + (of_rows - 1) * pitch + width;
-  }
-  DNL_EITHER int64_t tiles() const { return (batch + images - 1) / images * bands; }
-  DNL_EITHER int blocks() const { return (span(images, rows) + 15) / 16; }
 };
 
 struct ConvCommon {

@@ -98,7 +98,8 @@ struct DenseSumTile {
 };
 
 template <class T, int V, bool kAcross>
-__global__ void __launch_bounds__(kDenseSumThreads) dense_sum_bwd_kernel(const __grid_constant__ DenseSumBackward p) {
+__global__ void __launch_bounds__(kDenseSumThreads, 3)  // without the 3, ptxas spills for more warps on some architectures
+    dense_sum_bwd_kernel(const __grid_constant__ DenseSumBackward p) {
   const DenseSumSizes& s = p.sizes;
   using Tile = DenseSumTile<V, kAcross>;
   const Tile tile(p.tiles);

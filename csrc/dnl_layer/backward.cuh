@@ -48,7 +48,7 @@ struct LayerBackwardLayout {
 };
 
 // to[a * step + b] = factor * sum_n left_a[n] right_b[n].
-DNL_DEVICE_CALL void outer(float* to, int step, const LayerSizes& s, const float* left, int a_count, const float* right,
+DNL_DEVICE void outer(float* to, int step, const LayerSizes& s, const float* left, int a_count, const float* right,
                            int b_count, float factor = 1.0f) {
   const int whole = s.positions & ~3;
   for (int i = threadIdx.x; i < a_count * b_count; i += blockDim.x) {
@@ -65,7 +65,7 @@ DNL_DEVICE_CALL void outer(float* to, int step, const LayerSizes& s, const float
 }
 
 // to[a] = sum_n row_a[n], a warp for each row.
-DNL_DEVICE_CALL void row_sums(float* to, const LayerSizes& s, const float* rows, int count) {
+DNL_DEVICE void row_sums(float* to, const LayerSizes& s, const float* rows, int count) {
   for (int a = threadIdx.x / 32; a < count; a += blockDim.x / 32) {
     float sum = 0;
     for (int n = threadIdx.x % 32; n < s.positions; n += 32) sum += rows[a * s.stride + n];
@@ -157,7 +157,7 @@ DNL_DEVICE void projection_gradient(const LayerBackward& p, LayerParameter weigh
 }
 
 // Everything that a head adds. It does not depend on the element type.
-DNL_DEVICE_CALL void head_gradient(const LayerBackward& p, int head, float* shared, const LayerBackwardLayout& at,
+DNL_DEVICE void head_gradient(const LayerBackward& p, int head, float* shared, const LayerBackwardLayout& at,
                                    const HeadWeights& w, float factor) {
   const LayerSizes s = p.sizes;
   const bool gaussian = s.kernel == LayerKernel::gaussian;

@@ -359,7 +359,7 @@ DNL_DEVICE float attend(float (&o)[kLayerWidth], const LayerSizes& s, const floa
 }
 
 // A head's part of z = W_o concat_heads(..), without its bias. It does not depend on the element type.
-DNL_DEVICE_CALL void attend_head(const LayerSizes& sizes, const HeadWeights& w, const float* y, float* z, float* k,
+DNL_DEVICE void attend_head(const LayerSizes& sizes, const HeadWeights& w, const float* y, float* z, float* k,
                                  float* v, float factor) {
   const LayerSizes s = sizes;
   project_rows(s, k, y, w.key, w.key_bias, s.query4);

@@ -139,4 +139,5 @@ inline void __threadfence() {}
 
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline int __popcll(uint64_t bits) { return __builtin_popcountll(bits); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

@@ -19,7 +19,8 @@ struct Options {
 extern Options options;
 
 struct Counts {  // since the last reset; read by tests in this order
-  uint64_t switches, barriers, collectives, mma, ldmatrix, ldmatrix_conflicts, blocks, threads, launches;
+  uint64_t switches, barriers, collectives, mma, ldmatrix, ldmatrix_conflicts, blocks, threads, launches, shared,
+      shared_conflicts;
 };
 extern Counts counts;
 
@@ -55,5 +56,13 @@ void collective(uint32_t mask, const char* kind, void* argument, WarpFunction ru
 void allocate_shared(size_t bytes);
 void fill_shared_with_nan();
 void free_shared();
+bool is_shared(const void* pointer);
+
+// Bank conflicts of ordinary accesses, at the end of a block; only the flavour "banks" sees any.
+#ifdef EMULATOR_BANKS
+void finish_banks();
+#else
+inline void finish_banks() {}
+#endif
 
 }  // namespace emulator

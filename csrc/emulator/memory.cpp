@@ -60,6 +60,11 @@ void free_shared() {
   raw = dynamic_space = nullptr;
 }
 
+bool is_shared(const void* pointer) {
+  const char* p = static_cast<const char*>(pointer);
+  return (p >= dynamic_space && p < dynamic_space + dynamic_bytes) || (p >= static_space && p < static_space + static_used);
+}
+
 // ---- global memory ----
 constexpr uintptr_t kSector = 32;
 

@@ -304,6 +304,7 @@ static void run_block(uint64_t index, dim3 grid, dim3 dim) {
     run(block.fibers[block.ready.pop(choose())].get());
   }
   acquire(&block.block_token);
+  finish_banks();
   if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
 }
 
@@ -342,8 +343,8 @@ DNL_EMULATOR_API void dnl_emulator_configure(int order, uint64_t seed, int async
                        trace != 0};
 }
 
-DNL_EMULATOR_API void dnl_emulator_counts(uint64_t out[9]) {
-  static_assert(sizeof(emulator::Counts) == 9 * sizeof(uint64_t));
+DNL_EMULATOR_API void dnl_emulator_counts(uint64_t out[11]) {
+  static_assert(sizeof(emulator::Counts) == 11 * sizeof(uint64_t));
   memcpy(out, &emulator::counts, sizeof emulator::counts);
   emulator::counts = {};
 }

@@ -2,7 +2,8 @@
 
 `install()` makes the result a backend of its own, "cuda_emulated", for tests only: it takes CPU tensors, and is never
 chosen unless it is asked for by name. Flavours: "plain"; "address" (AddressSanitizer and UndefinedBehaviorSanitizer);
-"thread" (ThreadSanitizer). The sanitizers need their libraries loaded before Python: see `sanitizer_environment`.
+"thread" (ThreadSanitizer); "banks" (bank conflicts of ordinary accesses). The sanitizers need their libraries loaded
+before Python: see `sanitizer_environment`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ BACKEND = "cuda_emulated"
 FLAGS = (
     "-std=c++20 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wall -Wextra -Wno-unknown-pragmas -DDNL_EMULATOR"
 )
-# The flags of the kernels and of the runtime. ThreadSanitizer must not see the runtime's own bookkeeping.
+# Flags of the kernels, of the runtime. ThreadSanitizer must not see the bookkeeping of the runtime. In "banks" the
+# functions of csrc/emulator/banks.cpp stand in for the sanitizer's library.
 FLAVOURS = {
     "plain": ("-O2", "-O2"),
     "address": ("-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",) * 2,
     "thread": ("-O1 -fsanitize=thread", "-O2 -DEMULATOR_TSAN"),
+    "banks": ("-O1 -fsanitize=thread", "-O2 -DEMULATOR_BANKS"),
 }
 ORDERS = ("in_order", "reversed", "random", "warp_priority")
 ASYNC_COPIES = ("at_issue", "at_wait", "random")
@@ -77,6 +80,7 @@ class Emulator:
     def counts(self) -> dict[str, int]:
         """Counters since the last call."""
         names = "switches barriers collectives mma ldmatrix ldmatrix_conflicts blocks threads launches".split()
+        names += ["shared", "shared_conflicts"]  # in the flavour "banks"
         values = (ctypes.c_uint64 * len(names))()
         self.library.dnl_emulator_counts(values)
         return dict(zip(names, values, strict=True))
@@ -143,7 +147,7 @@ def build(flavour: str = "plain", sources: Sequence[pathlib.Path] | None = None)
     for source, flags in jobs:
         objects.append(f"{source.parent.name}.{source.stem}.o")
         text += f"build {objects[-1]}: cxx {_builder._escape(source)}\n  flags = {flags}\n"
-    text += f"build {name}.so: link {' '.join(objects)}\n  flags = {kernel_flags}\n"
+    text += f"build {name}.so: link {' '.join(objects)}\n  flags = {kernel_flags if flavour != 'banks' else ''}\n"
     (work / "build.ninja").write_text(text)
     command = [*(_builder._ninja() or []), "-C", str(work)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -154,7 +158,7 @@ def build(flavour: str = "plain", sources: Sequence[pathlib.Path] | None = None)
 
 def sanitizer_environment(flavour: str) -> dict[str, str]:
     """The environment in which Python can load a library of this flavour."""
-    names = {"plain": [], "address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}[flavour]
+    names = {"plain": [], "banks": [], "address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}[flavour]
     compiler = (_builder.compiler() or "").split()
     found = [
         subprocess.run([*compiler, f"-print-file-name={n}"], capture_output=True, text=True, check=True).stdout.strip()

@@ -8,6 +8,7 @@ computed; nothing is measured on a GPU.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,8 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.dnl_block import fused
+from ..ops.dnl_block.config import BlockConfig, LayerParameters
+from ..ops.dnl_layer import fused as layer_fused
 from . import cuda_emulator
 from .dense_conv2d import Case, inputs
+from .dense_sum import Case as SumCase
+from .dense_sum import inputs as sum_inputs
+from .dnl_block import Case as BlockCase
+from .dnl_block import inputs as block_inputs
+from .dnl_layer import Case as LayerCase
+from .dnl_layer import inputs as layer_inputs
 
 HEADER = "Computed from the kernels' addresses, not measured on a GPU."
 
@@ -45,6 +55,7 @@ class Row(NamedTuple):
     bar: float
     flops: float
     conflicts: int  # of ldmatrix
+    banks: float  # conflicts of ordinary accesses to shared memory for each that a warp makes; NaN: not counted
 
     @property
     def ratio(self) -> float:
@@ -60,13 +71,15 @@ def size(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def count(emulator: cuda_emulator.Emulator, call: Callable) -> tuple[int, int]:
-    """Bytes that the call moves, and its bank conflicts."""
+def count(emulator: cuda_emulator.Emulator, call: Callable) -> tuple[int, int, float]:
+    """Bytes that the call moves, the bank conflicts of ldmatrix, and those of other accesses for each of them."""
     emulator.counts()
     with emulator.tracing():
         call()
     moved = sum(traffic.by_blocks for traffic in emulator.traffic_of(0, 1 << 62))
-    return moved, emulator.counts()["ldmatrix_conflicts"]
+    counts = emulator.counts()
+    banks = counts["shared_conflicts"] / counts["shared"] if counts["shared"] else float("nan")
+    return moved, counts["ldmatrix_conflicts"], banks
 
 
 CONV_CASES = {
@@ -75,8 +88,6 @@ CONV_CASES = {
     "1x1, 32x32, 64 channels to 24": Case(2, (64,), 32, 32, 24, size=1),
 }
 CONV_BARS = {"fwd": 1.15, "bwd": 1.2}
-# A single image cut into four bands: four rows of partial sums, which longer batches share (kConvPartialRows).
-CONV_EXCEPTIONS = {("bwd", "64x48, 32 channels, growth 8"): 1.3}
 
 
 def conv_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
@@ -98,28 +109,111 @@ def conv_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]
             "bwd": 2 * size(*states, weight, scale, shift) + size(bias, y),
         }
         for kind, call in calls.items():
-            moved, conflicts = count(emulator, call)
-            bar, work = CONV_EXCEPTIONS.get((kind, name), CONV_BARS[kind]), flops * (1 if kind == "fwd" else 2)
-            rows.append(Row(f"dense_conv2d_{kind}", name, dtype, compulsory[kind], moved, bar, work, conflicts))
+            moved, conflicts, banks = count(emulator, call)
+            bar, work = CONV_BARS[kind], flops * (1 if kind == "fwd" else 2)
+            rows.append(Row(f"dense_conv2d_{kind}", name, dtype, compulsory[kind], moved, bar, work, conflicts, banks))
+    return rows
+
+
+BLOCK_CASES = {  # the resident block, in evaluation
+    "8x8, 12 channels, 16 layers of growth 6": (8, 16),
+    "16x16, 12 channels, 4 layers of growth 6": (16, 4),
+}
+BLOCK_BAR = 1.15
+
+
+def block_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
+    rows = []
+    for name, (side, layers) in BLOCK_CASES.items():
+        connectivity = tuple((True,) * (layer + 1) for layer in range(layers))
+        config = BlockConfig(12, layers, 6, connectivity, norm=None)
+        x0, tensors = block_inputs(BlockCase(config, (side, side), 1), dtype)
+        parameters = [LayerParameters(**layer) for layer in tensors]
+        packed = fused.pack(config, x0, parameters, torch.float32)
+        packed = packed._replace(weight=packed.weight.to(dtype))
+        call = lambda: torch.ops.dnl_emulated.dnl_block_resident(x0, *packed, *fused.static_arguments(config))  # noqa: B023, E731
+        states = call()
+        compulsory = size(x0, states, *(t for t in packed if t is not None))
+        moved, conflicts, banks = count(emulator, call)
+        flops = 2.0 * side * side * packed.weight.numel()
+        rows.append(Row("dnl_block_fwd", name, dtype, compulsory, moved, BLOCK_BAR, flops, conflicts, banks))
+    return rows
+
+
+SUM_CASES = {"5 x [4, 6, 16, 16], a weight for each state": None, "5 x [4, 6, 16, 16], for each channel": 1}
+SUM_BARS = {"fwd": 1.02, "bwd": 1.1}
+
+
+def sum_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
+    ops, rows = torch.ops.dnl_emulated, []
+    for name, channel_dim in SUM_CASES.items():
+        weight, states = sum_inputs(SumCase((4, 6, 16, 16), 5, channel_dim), dtype)
+        y = ops.dense_sum_fwd(states, weight, channel_dim or 0)
+        calls = {
+            "fwd": lambda: ops.dense_sum_fwd(states, weight, channel_dim or 0),  # noqa: B023
+            "bwd": lambda: ops.dense_sum_bwd(y, states, weight, channel_dim or 0, True, True),  # noqa: B023
+        }
+        compulsory = {"fwd": size(*states, y, weight), "bwd": 2 * size(*states, weight) + size(y)}
+        for kind, call in calls.items():
+            moved, *conflicts = count(emulator, call)
+            flops = 2.0 * len(states) * y.numel() * (1 if kind == "fwd" else 2)
+            rows.append(
+                Row(f"dense_sum_{kind}", name, dtype, compulsory[kind], moved, SUM_BARS[kind], flops, *conflicts)
+            )
+    return rows
+
+
+LAYER_CASES = {  # a sample each; backward, the states are read twice and nothing else was kept
+    "softmax, 8x8, 8 + 16 channels to 8, 2 heads of 3": LayerCase((8, 8), (8, 16), 8, 1, "softmax", 2, batch=1),
+    "gaussian, 100 tokens, 8 + 16 channels to 8, 1 head of 3": LayerCase((100,), (8, 16), 8, 1, "gaussian", batch=1),
+}
+LAYER_BARS = {"fwd": 1.15, "bwd": 1.6}
+
+
+def layer_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
+    ops, rows = torch.ops.dnl_emulated, []
+    for name, case in LAYER_CASES.items():
+        states, tensors = layer_inputs(case, dtype)
+        named = {n.removeprefix("theta."): t for n, t in tensors.items()}
+        given = (states, None, *(named.get(n) for n in layer_fused.PARAMETERS))
+        static = (case.kernel, case.activation, case.tau, "identity", case.heads, case.residual)
+        y = ops.dnl_layer_fwd(*given, *static)
+        calls = {
+            "fwd": lambda: ops.dnl_layer_fwd(*given, *static),  # noqa: B023
+            "bwd": lambda: ops.dnl_layer_bwd(y, *given, *static, True, True),  # noqa: B023
+        }
+        compulsory = {"fwd": size(*states, y, *named.values()), "bwd": 2 * size(*states, *named.values()) + size(y)}
+        positions, inner = y.numel() / case.width, 3 * case.heads
+        weights = sum(t.numel() for t in named.values() if t.dim() > 1)
+        flops = 2 * positions * (weights + 2 * positions * inner)
+        for kind, call in calls.items():
+            moved, *conflicts = count(emulator, call)
+            work = flops * (1 if kind == "fwd" else 3)
+            rows.append(
+                Row(f"dnl_layer_{kind}", name, dtype, compulsory[kind], moved, LAYER_BARS[kind], work, *conflicts)
+            )
     return rows
 
 
 def rows(emulator: cuda_emulator.Emulator) -> list[Row]:
-    return [row for dtype in (torch.bfloat16, torch.float32) for row in conv_rows(emulator, dtype)]
+    return [row for dtype in (torch.bfloat16, torch.float32) for make in (sum_rows, conv_rows, layer_rows, block_rows)
+            for row in make(emulator, dtype)]  # fmt: skip
 
 
 def text(found: list[Row]) -> str:
-    header = ["kernel", "case", "dtype", "compulsory KiB", "moved KiB", "ratio", "bar"]
+    header = ["kernel", "case", "dtype", "compulsory KiB", "moved KiB", "ratio", "bar", "bank conflicts"]
     header += [f"floor on {device}, us" for device in DEVICES]
     lines = [header, ["---"] * len(header)]
     for row in found:
         facts = [f"{row.compulsory / 1024:.0f}", f"{row.moved / 1024:.0f}", f"{row.ratio:.3f}", f"{row.bar:.2f}"]
+        facts.append("-" if math.isnan(row.banks) else f"{row.banks:.2f}")
         floors = [f"{row.floor(device):.2f}" for device in DEVICES.values()]
         lines.append([row.kernel, row.case, str(row.dtype).removeprefix("torch."), *facts, *floors])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"# CUDA C++ kernels: global-memory traffic\n\n{HEADER}\n\nMoved: 32-byte sectors that a block of threads "
         "touches, each once per block, with halos, re-read filters and the partial sums that a second launch adds up. "
+        "Bank conflicts: how often an ordinary access of a warp to shared memory is repeated; ldmatrix: none. "
         "Floor: max(compulsory bytes / bandwidth, FLOPs / rate) of the sizes of the case, from the data sheets "
         "(936, 1555, 3350 GB/s; 71, 312, 989 TFLOP/s for half types; 35.6, 19.5, 67 for float32 by FMA).\n\n"
         f"{table}\n"

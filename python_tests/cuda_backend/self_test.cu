@@ -137,6 +137,16 @@ static void copies(const uint16_t* from, uint16_t* to, uint32_t* one, uint32_t* 
   for (int i = 0; i < 2; i++) store_global(two + lane * 2 + i, g[i]);
 }
 
+// Lane l writes and reads B bytes of shared memory, `stride` bytes behind those of lane l - 1.
+template <class T>
+static void strided(T* out, int stride) {
+  DNL_DYNAMIC_SHARED(unsigned char, memory);
+  T* mine = reinterpret_cast<T*>(memory + threadIdx.x * stride);
+  *mine = out[threadIdx.x];
+  __syncwarp();
+  store_global(out + threadIdx.x, *mine);
+}
+
 // d = a b + d from fragments as they are: a [32][4], b [32][2], d [32][4].
 template <class T>
 static void one_mma(const uint32_t* a, const uint32_t* b, float* d) {
@@ -182,6 +192,15 @@ DNL_EXPORT run_fragments(const uint16_t* matrices, uint32_t* plain, uint32_t* tr
 }
 DNL_EXPORT run_copies(const uint16_t* from, uint16_t* to, uint32_t* one, uint32_t* two) {
   return caught([&] { emulator::launch("copies", 1, 32, 0, [&] { copies(from, to, one, two); }); });
+}
+DNL_EXPORT run_strided(void* out, int bytes, int stride) {
+  return caught([&] {
+    emulator::launch("strided", 1, 32, 32 * stride + 16, [&] {
+      if (bytes == 4) strided(static_cast<float*>(out), stride);
+      else if (bytes == 8) strided(static_cast<uint64_t*>(out), stride);
+      else strided(static_cast<unsigned __int128*>(out), stride);
+    });
+  });
 }
 DNL_EXPORT run_mma(const uint32_t* a, const uint32_t* b, float* d, int bf16) {
   return caught([&] {

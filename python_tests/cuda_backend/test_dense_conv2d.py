@@ -140,6 +140,18 @@ def test_only_the_wanted_gradient_is_computed(emulated, wanted, dtype):
     assert_within_budget("gradient", gradient(tensors, BACKEND), exact, gradient(tensors, "reference"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_more_tiles_than_rows_of_partial_sums(emulated, dtype):
+    """264 blocks of threads share 266 tiles: two of them add a second tile to their sums."""
+    parameters, states = inputs(Case(266, (2,), 31, 22, 1, size=1), dtype)
+    emulated.counts()
+    torch.ops.dnl_emulated.dense_conv2d_bwd(
+        states[0][:, :1], states, parameters[0], None, None, "relu", 1.0, True, True, True, True
+    )
+    assert emulated.counts()["blocks"] == 264 + 1  # the second launch adds the rows up
+    check(parameters, states)
+
+
 def test_only_one_half_of_the_normalisation(emulated):
     (weight, bias, scale, shift), states = inputs(Case(1, (3, 2), 4, 5, 3), torch.float16)
     check([weight, bias, scale, None], states)

@@ -192,7 +192,7 @@ def test_every_refusal_says_its_reason_and_the_next_smaller_call_runs(emulated):
 @pytest.mark.parametrize("width", [5, 20])
 def test_the_stated_shared_memory_is_what_the_kernels_ask_for(emulated, kernel, options, width, monkeypatch):
     """The emulator refuses 227 KiB and says how much it was: `limit` counts that and 2 KiB for a table of channels."""
-    monkeypatch.setattr(fused, "SMALLEST_SHARED_MEMORY", 1 << 30)
+    monkeypatch.setattr(_backend, "SMALLEST_SHARED_MEMORY", 1 << 30)
     case = Case((6001,), (3,), width, kernel=kernel, heads=2, batch=1, **options)
     states, tensors = inputs(case, torch.float32)
 

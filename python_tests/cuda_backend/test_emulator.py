@@ -1,6 +1,7 @@
 """The emulator itself: it computes what CUDA means, under every schedule, and finds each planted bug."""
 
 import array
+import ctypes
 import random
 import subprocess
 import sys
@@ -20,6 +21,11 @@ pytestmark = pytest.mark.skipif(cuda_emulator.absence() is not None, reason=str(
 def emulator():
     library = cuda_emulator.build("plain", [self_test.SOURCE])
     return Emulator(self_test.load(library))
+
+
+@pytest.fixture(scope="module")
+def banks():
+    return Emulator(self_test.load(cuda_emulator.build("banks", [self_test.SOURCE])))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(map(str, s)))
@@ -54,6 +60,22 @@ def test_bank_conflicts_of_ldmatrix_are_counted(emulator):
     for stride, conflicts in ((8, 0), (16, 1), (32, 3), (64, 7), (72, 0)):  # elements between the rows of a matrix
         fragments(emulator, stride=stride)
         assert emulator.counts()["ldmatrix_conflicts"] == 8 * conflicts
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "conflicts"),
+    [(4, 0, 0), (4, 4, 0), (4, 8, 1), (4, 12, 0), (4, 128, 31), (4, 132, 0), (8, 8, 0), (8, 16, 1), (8, 128, 15)]
+    + [(16, 16, 0), (16, 32, 1), (16, 48, 0), (16, 128, 7), (16, 144, 0)],
+)
+def test_bank_conflicts_of_ordinary_accesses_are_counted(banks, size, stride, conflicts):
+    """A write and a read by 32 lanes: of 4 bytes in one go, of 8 in two, of 16 in four, without conflicts."""
+    banks.counts()
+    out = array.array("f", [0.0] * 132)
+    aligned = ctypes.c_void_p((out.buffer_info()[0] + 15) // 16 * 16)
+    assert banks.library.run_strided(aligned, size, stride) is None
+    counts = banks.counts()
+    goes = 2 * size // 4
+    assert (counts["shared"], counts["shared_conflicts"]) == (goes, goes * conflicts)
 
 
 def fragments(emulator, matrices=None, stride=8):

@@ -41,6 +41,14 @@ def test_each_fault_is_named(change, message):
     assert re.search(message, fault)
 
 
+def test_the_occupancy_asked_for_is_one_that_the_launch_can_have():
+    """64 KiB of shared memory: two blocks of 8 warps on sm_80, one on sm_86, where a quarter is out of reach."""
+    report = GOOD._replace(shared=65 << 10, occupancy=8 / 48, limit="shared")
+    one, two = (Row("dnl_layer_fwd_kernel", "fp32", "", sm, 256, report) for sm in (86, 80))
+    assert one.faults() == [] and "occupancy 0.17" in two.faults()[0]
+    assert one._replace(report=report._replace(occupancy=7 / 48)).faults()
+
+
 def test_a_kernel_without_a_budget_is_a_fault():
     assert any("has no budget" in fault for fault in faults(kernel="new_kernel"))
 

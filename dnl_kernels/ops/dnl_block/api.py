@@ -11,11 +11,11 @@ from torch import Tensor
 from ... import _backend
 from ..._autograd import autocast, outside_autocast
 from ..._checks import ACTIVATIONS, KERNELS, check_choice, check_positive, check_shape, check_tensor, fail, shape
-from . import bottleneck, composition, fused, reference
+from . import bottleneck, composition, fused, reference, resident
 from .config import AFFINES, NORMS, BlockConfig, LayerParameters, Statistics
 
 OP = "dnl_block"
-_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON)
+_backend.declare(OP, cpu=_backend.CPU, triton=_backend.TRITON, cuda=_backend.CUDA)
 
 
 def dnl_block(
@@ -32,7 +32,9 @@ def dnl_block(
         parameters: the tensors of each of the L layers; shapes as in LayerParameters, dtype and device of x0 (those of
             a normalisation may be float32 where x0 is of a half type).
         config: the static description.
-        backend: None (the best), "reference", "cpu", "triton" or "cuda".
+        backend: None (the best), "reference", "cpu", "triton" or "cuda". On a GPU, in evaluation or without a norm and
+            without gradients, a block whose states fit in shared memory is one launch (`resident.limit` says what
+            does not fit; the log names it).
 
     Returns:
         The states buffer [B, C0 + L * G, H, W] or [B, N, C0 + L * G].
@@ -59,6 +61,10 @@ def dnl_block_with_statistics(
     with outside_autocast(x0):
         if backend == "reference":
             return reference.dnl_block(x0, parameters, config)
+        if (chosen := resident.choose(x0, backend)) is not None:
+            if (why := resident.limit(x0, parameters, config, backend)) is None:
+                return resident.dnl_block(x0, parameters, config, chosen), None
+            _backend.log_fallback(OP, chosen, why)
         chosen = fused.choose(x0, backend)
         if chosen is not None and fused.limit(x0, parameters, config, backend) is None:
             return fused.dnl_block(x0, parameters, config, chosen)

@@ -85,7 +85,7 @@ def dnl_block(
     return states, Statistics(None, None, [], [], list(mean.split(growth)), list(var.split(growth)), elements)
 
 
-def _layers(config: BlockConfig, tensors: Sequence[Tensor | None]) -> list[Any]:
+def layers_of(config: BlockConfig, tensors: Sequence[Tensor | None]) -> list[Any]:
     size = len(NAMES)
     return [
         LayerParameters(**dict(zip(NAMES, tensors[i * size : (i + 1) * size], strict=True)))
@@ -133,7 +133,7 @@ def _norm_sizes(config: BlockConfig) -> list[int]:
     return [config.growth_rate] * config.num_layers
 
 
-def _pack(config: BlockConfig, x0: Tensor, layers: Sequence[Any], dtype: torch.dtype) -> Packed:
+def pack(config: BlockConfig, x0: Tensor, layers: Sequence[Any], dtype: torch.dtype) -> Packed:
     outputs, norms = [config.growth_rate] * config.num_layers, _norm_sizes(config)
     weight = torch.cat([_filters(config, i, p, dtype).reshape(-1) for i, p in enumerate(layers)])
     bias = _vector([p.affine_bias for p in layers], outputs, dtype, x0, 0.0)
@@ -152,7 +152,7 @@ def _pack(config: BlockConfig, x0: Tensor, layers: Sequence[Any], dtype: torch.d
     return Packed(weight, bias, gamma, beta, mean, _vector([p.norm_var for p in layers], norms, dtype, x0, 1.0))
 
 
-def _static(config: BlockConfig) -> tuple:
+def static_arguments(config: BlockConfig) -> tuple:
     return (
         _connectivity(config), config.growth_rate, _size(config), config.preactivation, config.norm is not None,
         config.training, config.activation, config.tau, config.eps,
@@ -167,23 +167,25 @@ def _dtypes(x0: Tensor, backend: str) -> tuple[torch.dtype, torch.dtype]:
 
 def _forward(call, tensors):
     config, backend = call
-    x0, layers = tensors[0], _layers(config, tensors[1:])
+    x0, layers = tensors[0], layers_of(config, tensors[1:])
     dtype, stored = _dtypes(x0, backend)
-    packed = _pack(config, x0, layers, dtype)
-    states, mean, var, outputs = _backend.kernel(backend, "dnl_block_fwd")(x0.to(stored), *packed, *_static(config))
+    packed = pack(config, x0, layers, dtype)
+    states, mean, var, outputs = _backend.kernel(backend, "dnl_block_fwd")(
+        x0.to(stored), *packed, *static_arguments(config)
+    )
     return states.to(x0.dtype), mean, var, outputs
 
 
 def _backward(call, dstates, tensors, extra, needs):
     config, backend = call
-    x0, layers = tensors[0], _layers(config, tensors[1:])
+    x0, layers = tensors[0], layers_of(config, tensors[1:])
     states, mean, var, outputs = extra
     dtype, stored = _dtypes(x0, backend)
-    packed = _pack(config, x0, layers, dtype)
+    packed = pack(config, x0, layers, dtype)
     if config.norm is not None and config.training:
         packed = packed._replace(mean=mean, var=var)
     dx0, dweight, dbias, dgamma, dbeta = _backend.kernel(backend, "dnl_block_bwd")(
-        dstates.to(stored), states.to(stored), outputs, *packed, *_static(config)
+        dstates.to(stored), states.to(stored), outputs, *packed, *static_arguments(config)
     )
     sizes = [config.growth_rate * _read_channels(config, i) * _size(config) ** 2 for i in range(config.num_layers)]
     dfilters = dweight.split(sizes)
@@ -219,7 +221,7 @@ def _filter_gradients(config: BlockConfig, layer: int, flat: Tensor, p: Any) -> 
 
 
 def _reference(call, tensors):
-    return reference.dnl_block(tensors[0], _layers(call.block, tensors[1:]), call.block)[0]
+    return reference.dnl_block(tensors[0], layers_of(call.block, tensors[1:]), call.block)[0]
 
 
 _function = differentiable(_forward, _backward, _reference, keep_output=True, return_extra=True)

@@ -5,7 +5,7 @@ computes everything again from the inputs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ LISTED = (1, 8, 64)  # Triton: how many states are parameters of its kernel; it 
 # Triton: channels of y, of a head and of the result, which a tile has all of. float32 operands fill the registers.
 TRITON_WIDTH, TRITON_WIDTH_FLOAT32 = 128, 64
 CHUNK, BACKWARD_CHUNK = 16, 8
-SMALLEST_SHARED_MEMORY = 99 << 10  # bytes that a block may have on every architecture from sm_80 on
 PARAMETERS = (  # in the order of the registered operator
     "affine_weight", "affine_bias", "norm_scale", "norm_shift", "query_weight", "query_bias", "key_weight", "key_bias",
     "value_weight", "value_bias", "output_weight", "output_bias", "rho", "output_scale", "output_shift", "skip_weight",
@@ -49,14 +48,6 @@ def shared_bytes(
     return 4 * (rows * stride + weights) + 2048
 
 
-def shared_memory(device: torch.device) -> int:
-    """What a block may have."""
-    if device.type != "cuda":
-        return SMALLEST_SHARED_MEMORY
-    properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks it
-    return properties.shared_memory_per_block_optin
-
-
 def limit(states: Sequence[Tensor], named: dict[str, Tensor | None], config: LayerConfig) -> str | None:
     """Why the fused kernel cannot run this call, or None. The composition runs every call."""
     affine, first = named["affine_weight"], states[0]
@@ -81,7 +72,7 @@ def limit(states: Sequence[Tensor], named: dict[str, Tensor | None], config: Lay
     needed = shared_bytes(
         positions, affine.shape[0], output.shape[0], *widths, config.kernel, backward, norm, output_norm
     )
-    if needed > (available := shared_memory(first.device)):
+    if needed > (available := _backend.shared_memory(first.device)):
         return (
             f"a sample of {positions} positions needs {needed} bytes of shared memory"
             f"{' for backward' if backward else ''}, of which a block has {available}"
