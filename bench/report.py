@@ -98,8 +98,8 @@ def memory_table(rows: list[Row]) -> str:
 
 
 def scaling_table(rows: list[Row]) -> str:
-    columns = ["curve", "values", "way", "milliseconds", "kept for backward, MiB", "exponent of time (promised)",
-               "exponent of memory (promised)"]  # fmt: skip
+    columns = ["curve", "values", "way", "milliseconds", "GFLOP/s", "kept for backward, MiB",
+               "exponent of time (promised)", "exponent of memory (promised)"]  # fmt: skip
     lines = []
     for row in rows:
         for name, series in row["ways"].items():
@@ -111,6 +111,8 @@ def scaling_table(rows: list[Row]) -> str:
 
             lines.append([row["case"], " ".join(map(str, row["values"])), name,
                           " ".join(f"{t * 1e3:.3g}" for t in series["seconds"]),
+                          " ".join(f"{f / t / 1e9:.3g}" for f, t in
+                                   zip(row.get("flops") or [], series["seconds"], strict=False)),
                           " ".join(mib(b) for b in series.get("saved_bytes", [])),
                           exponent("seconds"), exponent("saved_bytes")])  # fmt: skip
     return table(columns, lines)

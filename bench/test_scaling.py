@@ -20,12 +20,19 @@ from dnl_kernels.nn import DNLBlock
 
 class Curve(NamedTuple):
     """values of the variable; ways(value): ours and its peers; expected: exponents of ours in time and in memory kept
-    for backward (None: there is none to promise)."""
+    for backward (None: there is none to promise); flops(value): of a step, where its rate is to be shown."""
 
     values: tuple[int, ...]
     ways: Callable[[int], dict[str, Way]]
     time: float
     memory: float | None
+    flops: Callable[[int], float] | None = None
+
+
+def block_flops(layers: int = 16, batch: int = 8, growth: int = 6, size: int = 16, channels: int = 12) -> float:
+    """Of the convolutions forward and backward."""
+    reads = sum(channels + i * growth for i in range(layers))
+    return 3 * 2 * 9 * reads * growth * batch * size**2
 
 
 def block(layers: int = 16, batch: int = 8, growth: int = 6, size: int = 16, channels: int = 12) -> dict[str, Way]:
@@ -44,9 +51,13 @@ def attention(positions: int) -> dict[str, Way]:
 
 CURVES = {
     # The convolutions of L layers read C0 + l * G channels each: L^2 in the limit. The states are L.
-    "block, layers L": Curve((4, 8, 16, 32, 64, 128), lambda n: block(layers=n, batch=4), 2.0, 1.0),
-    "block, batch B": Curve((1, 2, 4, 8, 16, 32), lambda n: block(batch=n), 1.0, 1.0),
-    "block, growth rate G": Curve((3, 6, 12, 24, 48), lambda n: block(growth=n, layers=8), 2.0, 1.0),
+    "block, layers L": Curve(
+        (4, 8, 16, 32, 64, 128), lambda n: block(layers=n, batch=4), 2.0, 1.0, lambda n: block_flops(layers=n, batch=4)
+    ),
+    "block, batch B": Curve((1, 2, 4, 8, 16, 32), lambda n: block(batch=n), 1.0, 1.0, lambda n: block_flops(batch=n)),
+    "block, growth rate G": Curve(
+        (3, 6, 12, 24, 48), lambda n: block(growth=n, layers=8), 2.0, 1.0, lambda n: block_flops(growth=n, layers=8)
+    ),
     "softmax attention, positions N": Curve((64, 256, 1024, 4096, 16384), attention, 2.0, 1.0),
 }
 
@@ -74,7 +85,8 @@ def curve_row(name: str, curve: Curve, values) -> dict:
         if len(values) > 2:
             series["fit"] = {key: exponent(values, series[key]) for key in ("seconds", "saved_bytes")}
     return {"operator": "scaling", "case": name, "values": list(values), "ways": found,
-            "expected": {"seconds": curve.time, "saved_bytes": curve.memory}}  # fmt: skip
+            "expected": {"seconds": curve.time, "saved_bytes": curve.memory},
+            "flops": [curve.flops(value) for value in values] if curve.flops else None}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CURVES)
