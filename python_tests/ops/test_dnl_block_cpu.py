@@ -406,13 +406,13 @@ def test_registered_operators():
         x = torch.randn(2, 5, 3, 4, dtype=torch.float64)
         layers = [p._replace(norm_mean=None, norm_var=None) for p in cast(layers, torch.float64)]
         with torch.no_grad():
-            packed = fused._pack(config, x, layers, torch.float64)
-        arguments = (x, *packed, *fused._static(config))
+            packed = fused.pack(config, x, layers, torch.float64)
+        arguments = (x, *packed, *fused.static_arguments(config))
         torch.library.opcheck(torch.ops.dnl.dnl_block_fwd.default, arguments)
         states, mean, var, outputs = _backend.kernel("cpu", "dnl_block_fwd")(*arguments)
         if norm:
             packed = packed._replace(mean=mean, var=var)
-        arguments = (torch.ones_like(states), states, outputs, *packed, *fused._static(config))
+        arguments = (torch.ones_like(states), states, outputs, *packed, *fused.static_arguments(config))
         torch.library.opcheck(torch.ops.dnl.dnl_block_bwd.default, arguments)
     for shape in ((2, 3, 4), (1, 23, 23)):
         config, x = BOTTLENECKS["bc"], torch.randn(shape[0], 5, *shape[1:], dtype=torch.float64)
