@@ -187,8 +187,8 @@ class Tile(NamedTuple):
 # (kernel, bytes of an element) -> the largest number of channels, padded to a power of two, of a tile -> tile.
 TILES = {
     ("project", 2): {64: Tile((128, 32, 64), 8, 2), 128: Tile((64, 32, 32), 8, 2)},
-    ("project", 4): {32: Tile((64, 16, 32), 8, 1), 64: Tile((64, 16, 16), 8, 1)},
-    ("attend", 2): {64: Tile((128, 64), 8, 2), 128: Tile((64, 32), 8, 1)},
+    ("project", 4): {64: Tile((64, 32, 16), 8, 1)},
+    ("attend", 2): {64: Tile((128, 32), 8, 2), 128: Tile((64, 32), 8, 1)},
     ("attend", 4): {64: Tile((64, 32), 8, 1)},
 }
 
