@@ -193,7 +193,8 @@ def _dense_rows(
         return conv.dense_fwd(states, weight, bias, *static, last=last)
 
     def backward():
-        conv.dense_bwd(y, states, weight, *static, True, True, False, True, last=last)
+        arguments: Any = (y, states, weight, *static, True, True, False, True)
+        conv.dense_bwd(*arguments, last=last)
 
     y = forward()
     yield measure(operator, case, "forward", dtype, forward, dense.forward(dtype.itemsize), 1.05, TILED)

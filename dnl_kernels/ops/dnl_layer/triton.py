@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -49,7 +49,7 @@ from . import pointwise, projected
 from .config import LayerConfig
 from .fused import LISTED, PARAMETERS
 
-Parameters = collections.namedtuple("Parameters", PARAMETERS)  # noqa: PYI024  the names are data
+Parameters: Any = collections.namedtuple("Parameters", PARAMETERS)  # type: ignore[misc]  # noqa: PYI024
 
 
 # --- accumulate and project ------------------------------------------------------------------------------------------
@@ -187,8 +187,8 @@ class Tile(NamedTuple):
 # (kernel, bytes of an element) -> the largest number of channels, padded to a power of two, of a tile -> tile.
 TILES = {
     ("project", 2): {64: Tile((128, 32, 64), 8, 2), 128: Tile((64, 32, 32), 8, 2)},
-    ("project", 4): {32: Tile((64, 16, 32), 8, 1), 64: Tile((64, 16, 16), 8, 1)},
-    ("attend", 2): {64: Tile((128, 64), 8, 2), 128: Tile((64, 32), 8, 1)},
+    ("project", 4): {64: Tile((64, 32, 16), 8, 1)},
+    ("attend", 2): {64: Tile((128, 32), 8, 2), 128: Tile((64, 32), 8, 1)},
     ("attend", 4): {64: Tile((64, 32), 8, 1)},
 }
 
@@ -203,7 +203,7 @@ class _Call(NamedTuple):
 
     states: list[Tensor]
     skip: Tensor | None
-    p: Parameters
+    p: Any  # Parameters
     layer: LayerConfig
 
     @property
@@ -351,8 +351,8 @@ def dnl_layer_fwd(states, skip_input, *arguments) -> Tensor:
 
 def dnl_layer_bwd(dout, states, skip_input, *arguments) -> tuple[list[Tensor], Tensor]:
     """dstates (with that of skip_input at the end), and the gradients of all given parameters in one vector."""
-    *arguments, need_states, need_parameters = arguments
-    call = _call(states, skip_input, arguments)
+    *given, need_states, need_parameters = arguments
+    call = _call(states, skip_input, given)
     if not dout.numel():
         inputs = [*states, *([] if skip_input is None else [skip_input])]
         size = sum(t.numel() for t in call.p if t is not None)

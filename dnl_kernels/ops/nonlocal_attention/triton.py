@@ -580,6 +580,8 @@ def nonlocal_attention_bwd(
             moments, *call.strides, *strides[:3], MOMENT=need_bandwidth, **call.constants, **tiles,
         )  # fmt: skip
         by_key, tiles = call.tiles("key", query)
+        # Operands of up to 64 features fit into registers without tensor cores, too.
+        tiles |= {"TENSOR_CORES": call.constants.pop("TENSOR_CORES") or call.width <= 64}
         launch(
             nonlocal_bwd_key_kernel, B * h * triton.cdiv(call.constants["M"], by_key.keys), *call.tensors, doutput,
             shift, sum, drift, dkey, dvalue, *call.strides, strides[0], *strides[3:], **call.constants, **tiles,
