@@ -176,7 +176,7 @@ class _ToeplitzHistory:
         self.states.append(state)
 
     def total(self, row: int) -> Tensor:
-        levels = [self.near, *self.levels]
+        levels: list[_Near | _Level] = [self.near, *self.levels]
         parts = [rows for level in levels if (rows := level.far(row, self.states)) is not None]
         if (newest := self.near.newest(row, self.states)) is not None:
             parts.append(newest)

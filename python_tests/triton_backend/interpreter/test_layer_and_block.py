@@ -20,7 +20,7 @@ LAYERS += [(name, dtype) for name in ("preactivation", "dot-tokens", "softmax", 
 BLOCKS = [(name, torch.float32) for name in dnl_block.CASES]
 BLOCKS += [("densenet-eval", torch.bfloat16), ("densenet-eval", torch.float16)]
 # Statistics of a non-local layer's output amplify its rounding, in eager and here alike: over 11 draws of three cases
-# the ratio of our error to eager's has a median of 0.9 (0.1 to 3.9), and eager's own error spreads over a factor of 40.
+# the ratio of our error to eager's has a median of 0.9 (0.1 to 3.9).
 NON_LOCAL_FACTOR = 5.0
 
 
