@@ -52,6 +52,15 @@ def test_the_report_shows_winners_losers_bars_and_absent_peers(tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"README.md", "speed.png", "memory.png"}
 
 
+def test_floors_on_gpus_are_of_bytes_or_of_flops():
+    rows = [row(), row(case="heavy", flops={"forward": 7.12e10, "backward": 0.0}), row(case="half", dtype="bfloat16")]
+    bound, heavy, half = (line.split(" | ")[-3:] for line in report.floor_table(rows).splitlines()[2:])
+    assert bound == half == ["1.1", "0.6", "0.3 |"]  # 1 MB at 936, 1555 and 3350 GB/s
+    assert heavy[0] == "2000.0"  # 71.2 GFLOP at 35.6 TFLOP/s
+    uncounted = row(flops={"forward": 0.0, "backward": 0.0})
+    assert len(report.floor_table([uncounted]).splitlines()) == 2
+
+
 def test_no_speed_up_is_printed_for_a_result_that_is_wrong(tmp_path):
     wrong = row(check={"passed": False, "error": 1.0, "allowed": 1e-6})
     report.main([result(tmp_path / "r.json", wrong), "--out", str(tmp_path)])

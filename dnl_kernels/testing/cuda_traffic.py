@@ -155,10 +155,10 @@ def sum_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
         }
         compulsory = {"fwd": size(*states, y, weight), "bwd": 2 * size(*states, weight) + size(y)}
         for kind, call in calls.items():
-            moved, *conflicts = count(emulator, call)
+            moved, conflicts, banks = count(emulator, call)
             flops = 2.0 * len(states) * y.numel() * (1 if kind == "fwd" else 2)
             rows.append(
-                Row(f"dense_sum_{kind}", name, dtype, compulsory[kind], moved, SUM_BARS[kind], flops, *conflicts)
+                Row(f"dense_sum_{kind}", name, dtype, compulsory[kind], moved, SUM_BARS[kind], flops, conflicts, banks)
             )
     return rows
 
@@ -187,10 +187,10 @@ def layer_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row
         weights = sum(t.numel() for t in named.values() if t.dim() > 1)
         flops = 2 * positions * (weights + 2 * positions * inner)
         for kind, call in calls.items():
-            moved, *conflicts = count(emulator, call)
+            moved, conflicts, banks = count(emulator, call)
             work = flops * (1 if kind == "fwd" else 3)
             rows.append(
-                Row(f"dnl_layer_{kind}", name, dtype, compulsory[kind], moved, LAYER_BARS[kind], work, *conflicts)
+                Row(f"dnl_layer_{kind}", name, dtype, compulsory[kind], moved, LAYER_BARS[kind], work, conflicts, banks)
             )
     return rows
 
@@ -201,11 +201,12 @@ def rows(emulator: cuda_emulator.Emulator) -> list[Row]:
 
 
 def text(found: list[Row]) -> str:
-    header = ["kernel", "case", "dtype", "compulsory KiB", "moved KiB", "ratio", "bar", "bank conflicts"]
+    header = ["kernel", "case", "dtype", "MFLOP", "compulsory KiB", "moved KiB", "ratio", "bar", "bank conflicts"]
     header += [f"floor on {device}, us" for device in DEVICES]
     lines = [header, ["---"] * len(header)]
     for row in found:
-        facts = [f"{row.compulsory / 1024:.0f}", f"{row.moved / 1024:.0f}", f"{row.ratio:.3f}", f"{row.bar:.2f}"]
+        facts = [f"{row.flops / 1e6:.3g}", f"{row.compulsory / 1024:.0f}", f"{row.moved / 1024:.0f}"]
+        facts += [f"{row.ratio:.3f}", f"{row.bar:.2f}"]
         facts.append("-" if math.isnan(row.banks) else f"{row.banks:.2f}")
         floors = [f"{row.floor(device):.2f}" for device in DEVICES.values()]
         lines.append([row.kernel, row.case, str(row.dtype).removeprefix("torch."), *facts, *floors])
