@@ -16,12 +16,14 @@ from .budget import assert_within_budget, relative_error
 class Call(NamedTuple):
     """leaves: the differentiable tensors by name, on the CPU. run(leaves, backend): the operator on them, wherever they
     are. factors: of the error budget by the name of a gradient or "output", where it is not 2; "" for all.
-    sensitive: the result depends so much on the inputs' last bits that eager's error is chance; see `sensitivity`."""
+    sensitive: the result depends so much on the inputs' last bits that eager's error is chance; see `sensitivity`.
+    together: all gradients are measured as one vector, since a single one has a few elements, whose error is chance."""
 
     leaves: dict[str, Tensor]
     run: Callable[[Mapping[str, Tensor], str | None], Tensor]
     factors: Mapping[str, float] = {}
     sensitive: bool = False
+    together: bool = False
 
 
 def _listed(states: list[Tensor]) -> dict[str, Tensor]:
@@ -109,7 +111,8 @@ def _dnl_block(case, dtype) -> Call:
         parameters = [LayerParameters(**layer) for layer in filled]
         return dnl_block.dnl_block(x0, parameters, case.config, backend=backend)
 
-    return Call({"x0": x0, **{f"layer {i}: {name}": layers[i][name] for i, name in trainable}}, run)
+    leaves = {"x0": x0, **{f"layer {i}: {name}": layers[i][name] for i, name in trainable}}
+    return Call(leaves, run, together=True)
 
 
 def _cases() -> dict[str, dict[str, Callable[[torch.dtype], Call]]]:
@@ -158,6 +161,11 @@ def sensitivity(call: Call, exact: Mapping[str, Tensor], dtype: torch.dtype, dra
     return worst
 
 
+def _together(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    gradients = torch.cat([t.flatten() for name, t in found.items() if name != "output"])
+    return {"output": found["output"], "gradients": gradients}
+
+
 def check(call: Call, backend: str | None, device: str = "cpu") -> None:
     """The output and every gradient on `device`, within the error budget against float64 on the CPU."""
     there = {name: t.to(device) for name, t in call.leaves.items()}
@@ -165,6 +173,8 @@ def check(call: Call, backend: str | None, device: str = "cpu") -> None:
     eager = gradients(call, there, "reference")
     exact = gradients(call, {name: t.double() for name, t in call.leaves.items()}, "reference")
     assert actual.keys() == eager.keys() == exact.keys()
+    if call.together:
+        actual, eager, exact = map(_together, (actual, eager, exact))
     floors = sensitivity(call, exact, next(iter(call.leaves.values())).dtype) if call.sensitive else {}
     for name, value in actual.items():
         factor = call.factors.get(name, call.factors.get("", 2.0))
