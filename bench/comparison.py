@@ -79,23 +79,29 @@ def steps(one: Way, train: bool) -> dict[str, Callable[[], object]]:
 
     if not train:
         return {"forward": forward}
-    output = one.call()
-    cotangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output).reshape(output.shape)
+    shape = one.call().detach()
+    cotangent = torch.linspace(-1, 1, shape.numel(), dtype=torch.float64).to(shape).reshape(shape.shape)
+    graph: list[Tensor] = []
 
     def both():
         return torch.autograd.grad(one.call(), one.leaves, cotangent, allow_unused=True)
 
     def backward():
-        return torch.autograd.grad(output, one.leaves, cotangent, retain_graph=True, allow_unused=True)
+        # Made at the first call, after the forward passes that are timed: a compiled graph may have kept running
+        # statistics, which these change.
+        if not graph:
+            graph.append(one.call())
+        return torch.autograd.grad(graph[0], one.leaves, cotangent, retain_graph=True, allow_unused=True)
 
     return {"forward": forward, "backward": backward, "both": both}
 
 
 def results(one: Way, train: bool) -> list[Tensor]:
     """The output and, in training, every gradient."""
-    output = one.call()
     if not train:
-        return [output.detach()]
+        with torch.no_grad():  # FlexAttention refuses inputs that want a gradient on the CPU
+            return [one.call()]
+    output = one.call()
     cotangent = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output).reshape(output.shape)
     found = torch.autograd.grad(output, one.leaves, cotangent, allow_unused=True)
     return [output.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(one.leaves, found, strict=True))]

@@ -178,8 +178,8 @@ def _registered_calls():
     for name in ("one-layer", "equation-1-batch-norm"):
         case = dnl_block.CASES[name]
         x0, layers = dnl_block.inputs(case, torch.float32)
-        packed = fused_block._pack(case.config, x0, [dnl.LayerParameters(**p) for p in layers], torch.float32)
-        static = fused_block._static(case.config)
+        packed = fused_block.pack(case.config, x0, [dnl.LayerParameters(**p) for p in layers], torch.float32)
+        static = fused_block.static_arguments(case.config)
         yield "dnl_block_fwd", (x0, *packed, *static)
         states, mean, var, outputs = torch.ops.dnl_triton.dnl_block_fwd.default(x0, *packed, *static)
         packed = packed._replace(mean=mean, var=var)
