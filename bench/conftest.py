@@ -32,7 +32,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 def record(benchmark, request):
     """Measures a Case and leaves its row in the benchmark's extra_info; fails if ours does not compute it."""
 
-    def run(case: Case, seconds: float = 3.0):
+    def run(case: Case, seconds: float = 1.0):
         torch.manual_seed(0)
         row = measure(case, float(os.environ.get("DNL_BENCH_SECONDS", seconds)))
         benchmark.extra_info.update(row)

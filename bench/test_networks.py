@@ -10,7 +10,7 @@ from bench.comparison import DEVICE, SMOKE, Case, Way, of_module
 from bench.peers import PlainAttentionBlock, PlainDenseBlock, hyper_connections, peer
 from dnl_kernels.nn import DenseSum, DNLBlock, DNLNet, convert_densenet
 
-SECONDS = 6.0
+SECONDS = 1.0
 
 
 def loss_way(model: nn.Module, x: torch.Tensor, **options) -> Way:

@@ -14,9 +14,9 @@ from torch import Tensor
 from ._checks import check_tensor
 from .depth import DepthKernel, History, StateBuffer
 
-NEAR = 64  # Toeplitz: states summed by products; below it an FFT is slower
-STRIDE = 8  # Toeplitz: rows that share one product over the earlier states of their NEAR
-FAN_OUT = 16  # Toeplitz: each level's blocks are this many times longer than the level's below
+NEAR = 512  # Toeplitz: states summed by products; below it an FFT is slower
+STRIDE = 16  # Toeplitz: rows that share one product over the earlier states of their NEAR
+FAN_OUT = 32  # Toeplitz: each level's blocks are this many times longer than the level's below
 
 
 class SeparableKernel(DepthKernel):

@@ -59,7 +59,7 @@ def dense(kernel):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_to_the_dense_recursion(kind, scheme):
-    """300 layers cross several blocks of the Toeplitz scheme; small layer counts stay inside one."""
+    """300 layers cross several strides of the Toeplitz scheme; small layer counts stay inside one."""
     d, phi = 4, LayerMap.of("gaussian", positions=2)
     K, b = KINDS[kind](d)
     x = torch.randn(3, d, dtype=torch.float64)
