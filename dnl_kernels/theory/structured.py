@@ -171,18 +171,23 @@ class _ToeplitzHistory:
         self.mix = matrices.transpose(1, 2).reshape(-1, matrices.shape[1])
         self.states = StateBuffer(times.numel())
         self.levels = [_Level(NEAR * FAN_OUT**v, weights) for v in range(_depth(times.numel()))]
+        self.block = -1
+        self.rows: Tensor | None = None  # of the current STRIDE, from all states before it
 
     def push(self, state: Tensor) -> None:
         self.states.append(state)
 
     def total(self, row: int) -> Tensor:
-        levels: list[_Near | _Level] = [self.near, *self.levels]
-        parts = [rows for level in levels if (rows := level.far(row, self.states)) is not None]
-        if (newest := self.near.newest(row, self.states)) is not None:
-            parts.append(newest)
-        sums = parts[0]  # [R, B, d]
-        for part in parts[1:]:
-            sums = sums + part
+        if row // STRIDE != self.block:
+            self.block = row // STRIDE
+            first = row - row % STRIDE
+            levels: list[_Near | _Level] = [self.near, *self.levels]
+            parts = [rows for level in levels if (rows := level.far(first, self.states)) is not None]
+            self.rows = sum(parts[1:], start=parts[0]) if parts else None
+        newest = self.near.newest(row, self.states)
+        earlier = None if self.rows is None else self.rows[row % STRIDE]
+        sums = earlier if newest is None else newest if earlier is None else earlier + newest  # [R, B, d]
+        assert sums is not None  # the first state is known before any total is asked for
         rank, batch, d = sums.shape
         return sums.transpose(0, 1).reshape(batch, rank * d) @ self.mix
 
@@ -204,19 +209,14 @@ class _Near:
         lags = [o + row - torch.arange(o, device=weights.device) for o in range(0, NEAR, STRIDE)]
         last = weights.shape[0] - 1  # rows beyond the last are computed with any weight and never asked for
         self.products = [weights[lag.clamp_max(last)].transpose(1, 2).flatten(0, 1) for lag in lags]
-        self.block = -1
-        self.rows: Tensor | None = None
 
     def far(self, row: int, states: StateBuffer) -> Tensor | None:
-        if row // STRIDE != self.block:
-            self.block, offset = row // STRIDE, row % NEAR - row % STRIDE
-            self.rows = None
-            if offset:
-                start = row - row % NEAR
-                known = states.stacked(start, start + offset)
-                product = self.products[offset // STRIDE] @ known.flatten(1)
-                self.rows = product.reshape(STRIDE, self.rank, *known.shape[1:])
-        return None if self.rows is None else self.rows[row % STRIDE]
+        """For all rows of the STRIDE that begins with this one, from the states of its NEAR before it."""
+        if not (offset := row % NEAR):
+            return None
+        known = states.stacked(row - offset, row)
+        product = self.products[offset // STRIDE] @ known.flatten(1)
+        return product.reshape(STRIDE, self.rank, *known.shape[1:])
 
     def newest(self, row: int, states: StateBuffer) -> Tensor | None:
         first, known = row - row % STRIDE, len(states)
@@ -252,7 +252,7 @@ class _Level:
         block = row // self.size
         if block != self.block:
             self._begin(block, states)
-        return None if self.rows is None else self.rows[row % self.size]
+        return None if self.rows is None else self.rows[row % self.size :][:STRIDE]
 
     def _begin(self, block: int, states: StateBuffer) -> None:
         self.block, parent = block, block // FAN_OUT
