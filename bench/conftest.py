@@ -2,6 +2,7 @@
 
 import os
 import platform
+import zlib
 
 import pytest
 import torch
@@ -26,6 +27,13 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "ceilings": {} if SMOKE else harness.ceilings(),
         "smoke": SMOKE,
     }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """Inputs of a case are the same in every run: a pre-activation within rounding of ReLU's kink, once in some hundred
+    draws of a small case, gives either side a wrong mask, and the check an error of per cents."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture
