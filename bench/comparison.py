@@ -36,8 +36,7 @@ class Way(NamedTuple):
 class Case(NamedTuple):
     """ways: by name, "ours" first; a string in place of a Way says why it is absent. exact: the same in float64 (None:
     the first peer in the working dtype stands in for it). flops, bytes: of the forward pass, each tensor counted once.
-    backward_flops: as a multiple of the forward's. errors: how many of the peers' errors count as
-    right. bars: peer / ours that is aimed at, of the last phase."""
+    backward_flops: as a multiple of the forward's. bars: peer / ours that is aimed at, of the last phase."""
 
     operator: str
     name: str
@@ -46,7 +45,6 @@ class Case(NamedTuple):
     flops: float = 0.0
     bytes: float = 0.0
     backward_flops: float = 2.0
-    errors: float = 10.0
     train: bool = True
     bars: Mapping[str, float] = {}
 
@@ -135,7 +133,7 @@ def measure(case: Case, seconds: float = 3.0, clock: Callable[[], float] = time.
     # The tests hold kernels to twice eager's error; here a wrong kernel is to be told from a right one.
     peer = max((e for name, e in found.items() if name != "ours"), default=0.0) if case.exact else 0.0
     rounding = 2 * torch.finfo(ways["ours"].leaves[0].dtype).eps
-    allowed = case.errors * (peer + rounding) if case.exact else max(2e-4, 10 * rounding)
+    allowed = 10 * (peer + rounding) if case.exact else max(2e-4, 10 * rounding)
     row: dict[str, Any] = {
         "operator": case.operator, "case": case.name, "train": case.train, "device": DEVICE,
         "dtype": str(ways["ours"].leaves[0].dtype).removeprefix("torch."), "threads": torch.get_num_threads(),

@@ -62,8 +62,6 @@ def comparison(name: str) -> Case:
         "dnl_layer", name, ways, way(eager, [t.double() for t in given]),
         flops=2.0 * rows * per_position, bytes=4.0 * rows * (channels + case.width),
         backward_flops=2.5 if case.kernel != "local" else 2.0,
-        # The bandwidth's gradient, of rows with nearly all weight on themselves: see docs/benchmarks/cpu-nonlocal.md.
-        errors=100.0 if case.kernel == "gaussian" else 10.0,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <string>
@@ -15,32 +16,36 @@ namespace {
 
 const char* const kNames[] = {"generic", "avx2", "avx512"};
 
-Isa detect() {
+bool runs(Isa level) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    return Isa::avx2;
+  if (level == Isa::avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (level == Isa::avx2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
-  return Isa::generic;
+  return level == Isa::generic;
 }
 
-std::atomic<int> current{static_cast<int>(detect())};
-
+// Those of this build that the processor can run, slowest first.
 std::vector<std::string> levels() {
-  return {kNames, kNames + static_cast<int>(detect()) + 1};
+  std::vector<std::string> found;
+  for (int level = 0; level < 3; level++)
+    if ((DNL_LEVELS >> level & 1) && runs(static_cast<Isa>(level))) found.push_back(kNames[level]);
+  return found;
 }
+
+std::atomic<int> current{-1};  // none, until the module chooses
 
 void set_isa(const std::string& name) {
-  auto available = levels();
-  for (size_t i = 0; i < available.size(); i++)
-    if (available[i] == name) {
-      current = static_cast<int>(i);
+  std::string list;
+  for (auto& level : levels()) {
+    list += (list.empty() ? "" : ", ") + level;
+    if (level == name) {
+      current = static_cast<int>(std::find(kNames, kNames + 3, name) - kNames);
       return;
     }
-  std::string list;
-  for (auto& level : available) list += (list.empty() ? "" : ", ") + level;
+  }
   throw std::invalid_argument("DNL_CPU_ISA is '" + name + "'; this processor and build have: " + list);
 }
 
@@ -48,10 +53,14 @@ void set_isa(const std::string& name) {
 
 Isa isa() { return static_cast<Isa>(current.load(std::memory_order_relaxed)); }
 
+void no_level() { throw std::runtime_error("built for other processors (DNL_ISA_LEVELS at build time)"); }
+
 }  // namespace dnl
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts of dnl_kernels";
+  if (dnl::levels().empty()) dnl::no_level();
+  dnl::set_isa(dnl::levels().back());
   m.def("isa", [] { return dnl::kNames[static_cast<int>(dnl::isa())]; }, "instruction-set level in use");
   m.def("isa_levels", &dnl::levels, "levels that this processor can run, slowest first");
   m.def("set_isa", &dnl::set_isa, "choose a level (DNL_CPU_ISA at start, tests later)");

@@ -7,7 +7,8 @@ File roles (a new operator adds files, this script does not change):
     csrc/module.cpp, csrc/*/cpu.cpp    compiled once, against torch's stable ABI
     csrc/*/cpu_kernel*.cpp             compiled once per instruction-set level, without any torch header
     csrc/*/cuda.cu                     compiled by nvcc for every architecture in DNL_CUDA_ARCH_LIST
-Environment: DNL_CUDA=0 leaves CUDA out; DNL_CUDA_ARCH_LIST; DNL_TORCH_DIR; CXX; CUDA_HOME; DNL_CXXFLAGS (appended).
+Environment: DNL_CUDA=0 leaves CUDA out; DNL_CUDA_ARCH_LIST; DNL_ISA_LEVELS; DNL_TORCH_DIR; CXX; CUDA_HOME; DNL_CXXFLAGS
+(appended).
 """
 
 from __future__ import annotations
@@ -37,7 +38,12 @@ X86_LEVELS = {
 
 
 def isa_levels() -> dict[str, str]:
-    return X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"generic": ""}
+    """The levels to compile and their flags: all of this processor's family, or those named in DNL_ISA_LEVELS."""
+    family = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"generic": ""}
+    names = os.environ.get("DNL_ISA_LEVELS", " ".join(family)).replace(";", " ").split()
+    if not names or not set(names) <= set(family):
+        raise ValueError(f"DNL_ISA_LEVELS is {' '.join(names)!r}; this kind of processor has {', '.join(family)}")
+    return {name: flags for name, flags in family.items() if name in names}
 
 
 def source_dir() -> pathlib.Path:
@@ -106,8 +112,10 @@ def _ninja_file(cxx: str, torch: pathlib.Path, pybind: str, cuda: str | None) ->
     extra = os.environ.get("DNL_CXXFLAGS", "")
     link = f'-L"{torch / "lib"}" -ltorch_cpu'
     runtime = pathlib.Path(cuda).parents[1] / "lib" if cuda else ""  # of the packages; a toolkit's nvcc knows its own
+    levels = isa_levels()
+    chosen = sum(1 << list(X86_LEVELS).index(level) for level in levels)  # DNL_LEVELS of csrc/common/isa.h
     lines = [
-        f"cxxflags = {CXXFLAGS} {base} {extra}",
+        f"cxxflags = {CXXFLAGS} {base} -DDNL_LEVELS={chosen} {extra}",
         f"rule cxx\n  command = {cxx} -MD -MF $out.d $cxxflags $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {cxx} -shared {extra} $in {link} -o $out",
         f"rule nvcc\n  command = {cuda} {NVCCFLAGS} -MD -MF $out.d -ccbin {cxx} "
@@ -126,7 +134,7 @@ def _ninja_file(cxx: str, torch: pathlib.Path, pybind: str, cuda: str | None) ->
     kernels = [
         (source, f".{level}", f"{flags} -fno-exceptions -DDNL_ISA={level}")
         for source in csrc.glob("*/cpu_kernel*.cpp")
-        for level, flags in isa_levels().items()
+        for level, flags in levels.items()
     ]
     libraries = ["_C" + sysconfig.get_config_var("EXT_SUFFIX")]
     lines.append(f"build {libraries[0]}: link {compile_all('cxx', sorted(once + kernels))}")
@@ -138,7 +146,8 @@ def _ninja_file(cxx: str, torch: pathlib.Path, pybind: str, cuda: str | None) ->
 
 
 def build(package: pathlib.Path, work: pathlib.Path, cuda: bool = True) -> dict[str, str]:
-    """Compiles into `work`, then moves the libraries into `package`. Returns what became of each, never raises."""
+    """Compiles into `work`, then moves the libraries into `package`. Returns what became of each; raises ValueError for
+    a wrong DNL_ISA_LEVELS and nothing else."""
     torch, cxx, ninja = torch_dir(), compiler(), _ninja()
     pybind = importlib.util.find_spec("pybind11")
     lacking = [name for name, found in [("torch", torch), ("C++ compiler", cxx), ("ninja", ninja), ("pybind11", pybind)]

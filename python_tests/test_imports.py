@@ -128,6 +128,20 @@ def test_an_unknown_instruction_set_is_refused_with_the_list():
     assert result.returncode != 0 and "DNL_CPU_ISA is 'mmx'" in result.stderr and "generic" in result.stderr
 
 
+def test_a_build_can_be_of_some_levels_only(monkeypatch):
+    from dnl_kernels import _builder
+
+    everything = _builder.isa_levels()
+    monkeypatch.setenv("DNL_ISA_LEVELS", "generic")
+    assert _builder.isa_levels() == {"generic": ""}
+    monkeypatch.setenv("DNL_ISA_LEVELS", ";".join(everything))
+    assert _builder.isa_levels() == everything
+    for wrong in ("", "mmx", "generic;mmx"):
+        monkeypatch.setenv("DNL_ISA_LEVELS", wrong)
+        with pytest.raises(ValueError, match="DNL_ISA_LEVELS is .*; this kind of processor has generic"):
+            _builder.isa_levels()
+
+
 def test_no_kernel_object_shares_code_with_another_instruction_set():
     """A weak symbol outside dnl::<level> could be merged by the linker and run on a processor that lacks the level."""
     objects = list((PACKAGE.parent / "build").glob("*.cpu_kernel*.o"))

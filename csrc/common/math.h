@@ -88,7 +88,7 @@ DNL_INLINE Vec<T> exp2(Vec<T> x) {
   const Vec<T> v = kBounded ? x : high < x ? high : x;
   const Vec<T> rounded = v + broadcast(kRound);
   const Vec<T> fraction = exp2_fraction<T>(v - (rounded - broadcast(kRound)));
-  using Bits = decltype(v < v);
+  using Bits = Vec<typename IntOf<sizeof(T)>::bits>;  // which may wrap: far below the range, where r is not used
   const auto r = __builtin_bit_cast(
       Vec<T>, __builtin_bit_cast(Bits, fraction) + (__builtin_bit_cast(Bits, rounded) << kMantissa));
   if constexpr (kBounded) return r;

@@ -63,10 +63,12 @@ struct IntOf;
 template <>
 struct IntOf<4> {
   typedef int32_t type;
+  typedef uint32_t bits;
 };
 template <>
 struct IntOf<8> {
   typedef int64_t type;
+  typedef uint64_t bits;
 };
 template <class T>
 using IntVec = Vec<typename IntOf<sizeof(T)>::type>;

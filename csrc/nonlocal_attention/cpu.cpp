@@ -1,4 +1,5 @@
 // nonlocal_attention on the CPU: checks -> params -> parallel loops. Meaning: ops/nonlocal_attention/reference.py.
+#include <algorithm>
 #include <cmath>
 
 #include "common/torch.h"
@@ -132,6 +133,25 @@ bool any_beyond(const Tensor& shift, double bound) {
   return found;
 }
 
+// dbandwidth_h = -2 / (log2(e) bandwidth_h) sum_ij delta_ij s_ij, as s_ij = -|q_i - k_j|^2 log2(e) / (2 bandwidth^2) up to a
+// constant of the row: the deltas of a normalised row sum to zero, and unnormalised rows have no constant.
+template <class T>
+void reduce_moments(const NonlocalParams& p, const T* moments, double* dbandwidth) {
+  const int64_t rows = p.batch * p.heads * p.queries;
+  const T* sum = static_cast<const T*>(p.sum);
+  std::fill(dbandwidth, dbandwidth + p.heads, 0.0);
+  for (int64_t i = 0; i < rows; i++) {
+    double row = 0, moment = 0, mean = 0;
+    for (int64_t part = 0; part < p.parts; part++) {
+      const T* at = moments + 3 * (part * rows + i);
+      row += at[0], moment += at[1], mean += at[2];
+    }
+    const double typical = p.normalize && sum[i] > 0 ? mean / sum[i] : 0;
+    dbandwidth[i / p.queries % p.heads] += moment - row * typical;
+  }
+  for (int64_t h = 0; h < p.heads; h++) dbandwidth[h] *= -2 / (kLog2E * p.bandwidth[h]);
+}
+
 std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
                                                           const std::optional<Tensor>& bandwidth,
                                                           const std::optional<Tensor>& key_mask, double scale,
@@ -185,8 +205,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
   const int64_t wanted = samples == 0 ? 1 : ceil_div(kTasks, samples);
   p.part_keys = std::max<int64_t>(ceil_div(ceil_div(p.keys, wanted), 8) * 8, kLeastPart);
   p.parts = std::max<int64_t>(ceil_div(p.keys, p.part_keys), 1);
-  std::vector<double> moments(need_bandwidth ? p.parts * samples : 0);
-  p.dbandwidth = need_bandwidth ? moments.data() : nullptr;
+  const int64_t row_count = samples * p.queries;
+  Tensor moments = empty(query, {need_bandwidth ? p.parts * row_count * 3 : 0}, compute);
+  p.moments = need_bandwidth ? moments.data_ptr() : nullptr;
   Tensor anchor = empty(query, {0}, query.scalar_type());
   if (normalize && any_beyond(shift, 64)) {  // 2 kSafeRange
     anchor = with_positions(query, p.queries, p.width, channels_first);
@@ -211,11 +232,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
       });
   });
   Tensor dbandwidth = empty(query, {need_bandwidth ? p.heads : 0}, ScalarType::Double);
-  double* out = static_cast<double*>(dbandwidth.data_ptr());
-  for (int64_t h = 0; need_bandwidth && h < p.heads; h++) {
-    out[h] = 0;
-    for (size_t i = h; i < moments.size(); i += p.heads) out[h] += moments[i];
-  }
+  if (need_bandwidth)
+    dispatch_float("nonlocal_attention", compute, [&](auto zero) {
+      using T = decltype(zero);
+      reduce_moments(p, static_cast<const T*>(moments.const_data_ptr()), static_cast<double*>(dbandwidth.data_ptr()));
+    });
   return {dquery, dkey, dvalue, narrowed(dbandwidth, compute)};
 }
 

@@ -73,6 +73,8 @@ struct Tile {
   Pair<T> drift;   // sum_j w_ij (doutput_i . v_j), times 1 / sum_i as doutput is
   Pair<T> row;     // sum_j delta_ij
   Pair<T> moment;  // sum_j delta_ij s_ij
+  Pair<T> mean;    // sum_j w_ij s_ij
+  Pair<T> near;    // 1 where dq_i of a Gaussian is anchored to q_i, else 0
   int64_t count;
   bool bounded, anchored;
 };
@@ -114,14 +116,17 @@ DNL_INLINE void add_group(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, i
       T* column = w.column + (j + u) * kL;
       store(column, load(column) + (s.at[u][0] + s.at[u][1]));
     }
-    if constexpr (kScore == Score::distance || !kBounded || kMoment) {
+    if constexpr (kScore != Score::dot || !kBounded) {
       t.row.a += s.at[u][0];
       t.row.b += s.at[u][1];
     }
     if constexpr (kMoment) {
-      const Vec<T> ma = s.at[u][0] * load(w.score + u * kQ), mb = s.at[u][1] * load(w.score + u * kQ + kL);
-      t.moment.a += kMasked ? (limit.allowed(j, u, 0) ? ma : Vec<T>{}) : ma;
-      t.moment.b += kMasked ? (limit.allowed(j, u, 1) ? mb : Vec<T>{}) : mb;
+      const Vec<T> sa = load(w.score + u * kQ), sb = load(w.score + u * kQ + kL);
+      const Vec<T> wa = load(w.weight + u * kQ) * sa, wb = load(w.weight + u * kQ + kL) * sb;
+      t.moment.a += s.at[u][0] * sa;  // a masked delta is zero
+      t.moment.b += s.at[u][1] * sb;
+      t.mean.a += kMasked ? (limit.allowed(j, u, 0) ? wa : Vec<T>{}) : wa;
+      t.mean.b += kMasked ? (limit.allowed(j, u, 1) ? wb : Vec<T>{}) : wb;
     }
   }
   accumulate<kMasked, T>(w.dq, k, w.D, s, limit, j);
@@ -162,7 +167,7 @@ Tile<T> pack_tile(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& sca
                   int64_t h, int64_t first, int64_t count) {
   constexpr int kQ = kQueries<T>;
   const int64_t row = (b * p.heads + h) * p.queries + first;
-  alignas(64) T shift[kQ] = {}, inverse[kQ] = {};
+  alignas(64) T shift[kQ] = {}, inverse[kQ] = {}, near[kQ];
   read_lanes<T>(p, p.query, b, h, nullptr, first, count, w.D, w.q);
   finish_queries<T>(scale, centre, count, w.D, w.q);
   read_lanes<T>(p, p.doutput, b, h, nullptr, first, count, w.E, w.g);
@@ -189,6 +194,11 @@ Tile<T> pack_tile(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& sca
   tile.bounded = p.normalize && safe_exponents<T>(p, scale, w.q, static_cast<const T*>(p.radius)[b * p.heads + h]);
   for (int i = 0; i < kQ; i++) tile.bounded = tile.bounded && shift[i] == 0;
   tile.anchored = p.anchor.data && !tile.bounded && anchored<T>(p, b * p.heads + h, first, count);
+  // Unnormalised, sum_j delta_ij is no error and q_i belongs there. Else q_i is nearer to the keys that matter than their
+  // centre is where the keys' mean weight is above 1 with the centre's: log2(sum_i / M) + shift_i > 0.
+  for (int64_t i = 0; i < kQ; i++)
+    near[i] = !p.normalize || (!tile.anchored && shift[i] > T(log2(double(p.keys) * inverse[i])));
+  tile.near = load_pair(near);
   return tile;
 }
 
@@ -197,7 +207,7 @@ void write_dquery(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& sca
                   int64_t part, int64_t b, int64_t h, int64_t first) {
   constexpr int kQ = kQueries<T>;
   if (tile.anchored) read_lanes<T>(p, p.anchor, b, h, nullptr, first, tile.count, w.D, w.anchor);
-  const Pair<T> row = tile.row;
+  const Pair<T> row = tile.row, near{row.a * tile.near.a, row.b * tile.near.b};
   for (int64_t d = 0; d < w.D; d++) {
     Pair<T> x = load_pair(w.dq + d * kQ);
     if (tile.anchored) {
@@ -209,7 +219,7 @@ void write_dquery(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& sca
     const Vec<T> of_sum = broadcast(scale.dquery), of_row = broadcast(scale.dquery_row);
     const Pair<T> q = load_pair(w.q + d * kQ);
     x = {x.a * of_sum, x.b * of_sum};
-    if (scale.dquery_row != 0) x = {x.a - of_row * row.a * q.a, x.b - of_row * row.b * q.b};
+    if (scale.dquery_row != 0) x = {x.a - of_row * near.a * q.a, x.b - of_row * near.b * q.b};
     store_pair(w.dq + d * kQ, x);
   }
   if (p.parts == 1) return write_lanes<T>(p, p.dquery, b, h, nullptr, first, tile.count, w.D, w.dq);
@@ -241,19 +251,17 @@ void write_part(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale
   }
 }
 
-// sum_ij delta_ij (s_ij - a_i) with any a_i, as the deltas of a normalised row sum to zero; but for the error of the
-// drift, which all deltas of a row share and which a typical exponent a_i keeps from being multiplied by a large one.
+// The three sums of each row, from which the caller forms sum_ij delta_ij (s_ij - a_i) with the row's mean exponent as a_i:
+// any a_i does, as the deltas of a normalised row sum to zero, but for the error of the drift, which all of them share.
 template <class T>
-double moment_of_tile(const NonlocalParams& p, const Tile<T>& tile, int64_t bh, int64_t first, int64_t count) {
-  T moment[kQueries<T>], row[kQueries<T>];
-  store_pair(moment, tile.moment);
+void write_moments(const NonlocalParams& p, const Tile<T>& tile, int64_t part, int64_t bh, int64_t first) {
+  constexpr int kQ = kQueries<T>;
+  T row[kQ], moment[kQ], mean[kQ];
   store_pair(row, tile.row);
-  double total = 0;
-  for (int64_t i = 0; i < count; i++) {
-    const double sum = static_cast<const T*>(p.sum)[bh * p.queries + first + i];
-    total += moment[i] - (p.normalize && sum > 0 ? row[i] * log2(sum / double(p.keys)) : 0.0);
-  }
-  return total;
+  store_pair(moment, tile.moment);
+  store_pair(mean, tile.mean);
+  T* to = static_cast<T*>(p.moments) + 3 * ((part * p.batch * p.heads + bh) * p.queries + first);
+  for (int64_t i = 0; i < tile.count; i++, to += 3) to[0] = row[i], to[1] = moment[i], to[2] = mean[i];
 }
 
 template <Score kScore, bool kMoment, class T>
@@ -272,7 +280,6 @@ void run_parts(const NonlocalParams& p, int64_t begin, int64_t end) {
     memset(w.dk, 0, rows * w.Dp * sizeof(T));
     memset(w.dv, 0, rows * w.Ep * sizeof(T));
     memset(w.column, 0, rows * kLanes<T> * sizeof(T));
-    double moment = 0;
     for (int64_t query = 0; query < p.queries; query += kQueries<T>) {
       const int64_t n = smaller(kQueries<T>, p.queries - query);
       const Limits<T> limit = limits<T>(p, b, query, n, first, count);
@@ -282,11 +289,9 @@ void run_parts(const NonlocalParams& p, int64_t begin, int64_t end) {
       else
         add_groups<kScore, false, kMoment>(w, tile, limit);
       write_dquery(p, w, scale, centre, tile, part, b, h, query);
-      if constexpr (kMoment) moment += moment_of_tile(p, tile, bh, query, n);
+      if constexpr (kMoment) write_moments(p, tile, part, bh, query);
     }
     write_part(p, w, scale, b, h, first, count);
-    // s = -|q - k|^2 / (2 bandwidth^2) up to a constant of the row, whose deltas sum to zero if that constant is not.
-    if (p.dbandwidth) p.dbandwidth[part * p.batch * p.heads + bh] = -2 * moment / (kLog2E * p.bandwidth[h]);
   }
 }
 
@@ -295,7 +300,7 @@ void run_parts(const NonlocalParams& p, int64_t begin, int64_t end) {
 template <class T>
 void nonlocal_bwd(const NonlocalParams& p, int64_t begin, int64_t end) {
   with_score(p, [&]<Score kScore>() {
-    if (kScore != Score::dot && p.dbandwidth) run_parts<kScore, kScore != Score::dot, T>(p, begin, end);
+    if (kScore != Score::dot && p.moments) run_parts<kScore, kScore != Score::dot, T>(p, begin, end);
     else run_parts<kScore, false, T>(p, begin, end);
   });
 }

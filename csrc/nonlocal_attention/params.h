@@ -6,6 +6,8 @@
 
 namespace dnl {
 
+constexpr double kLog2E = 1.4426950408889634;
+
 enum class Storage : int { float32, float64, bfloat16, float16 };
 
 // [batch, heads, positions, features] in either layout, by its strides in elements.
@@ -35,7 +37,7 @@ struct NonlocalParams {
   // Backward: the keys of a (sample, head) are cut into `parts` of `part_keys`, whose dq are summed afterwards.
   int64_t parts, part_keys;
   void* dquery_parts;  // [parts, B, h, N, D] in the compute type, null for one part
-  double* dbandwidth;  // [parts, B, h], null where not wanted
+  void* moments;       // [parts, B, h, N, 3] in the compute type, see Tile; null where dbandwidth is not wanted
   // Backward: sum_j p_ij k_j of the rows whose shift is so large that dq_i must be anchored to it (see tiles.h), or null
   // data. anchoring: this call of nonlocal_fwd computes it, with the keys as values; it leaves shift and sum alone.
   NonlocalTensor anchor;

@@ -19,7 +19,6 @@ template <class T>
 constexpr int kQueries = 2 * kLanes<T>;
 // Where all exponents of a tile provably lie within +-kSafeRange, they need no shift: nothing over- or underflows.
 constexpr int kSafeRange = 32;
-constexpr double kLog2E = 1.4426950408889634;
 
 // How a score is formed: q.k, q.k + bias (a normalised Gaussian), -|q - k|^2 (an unnormalised one, exact at any scale).
 enum class Score { dot, dot_bias, distance };
@@ -237,7 +236,7 @@ Scales<T> scales(const NonlocalParams& p, Score score, int64_t h) {
     return {T(p.scale * kLog2E), 1, 0, T(p.scale), 0, T(1 / kLog2E), 0};
   const double precision = 1 / (p.bandwidth[h] * p.bandwidth[h]);
   if (score == Score::dot_bias)
-    return {T(precision * kLog2E), 1, T(-0.5 * precision * kLog2E), T(precision), 0, T(1 / kLog2E), T(precision)};
+    return {T(precision * kLog2E), 1, T(-0.5 * precision * kLog2E), T(precision), T(1 / kLog2E), T(1 / kLog2E), T(precision)};
   const double root = sqrt(0.5 * precision * kLog2E);
   const T d = T(precision / root);
   return {T(root), T(root), 0, d, d, d, d};
@@ -367,6 +366,7 @@ Limits<T> limits(const NonlocalParams& p, int64_t b, int64_t query, int64_t coun
 // Under huge scores rows are all but one-hot, and dq_i = sum_j delta_ij k_j is a small difference: delta_ij sums to zero,
 // but for the rounding of doutput_i . output_i, an error that is multiplied by the keys themselves. In such tiles dq_i =
 // sum_j delta_ij (k_j - anchor_i) with the row's mean key as anchor, which differs from the keys that matter by little.
+// Elsewhere a Gaussian row is anchored to its query where keys are near it, which costs nothing.
 template <class T>
 bool anchored(const NonlocalParams& p, int64_t bh, int64_t first, int64_t count) {
   const T* shift = static_cast<const T*>(p.shift) + bh * p.queries + first;

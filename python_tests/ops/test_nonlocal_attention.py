@@ -222,6 +222,28 @@ def test_one_hot_rows_are_as_accurate_as_eager(isa, kernel, layout):
     assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.parametrize("spread", [2.0, 6.0])
+@pytest.mark.parametrize("layout", ["tokens", "channels_first"])
+def test_gaussian_rows_that_see_mostly_themselves_are_as_accurate_as_eager(isa, spread, layout):
+    """As in a deep layer: tokens are queries and keys, most weight is each row's own, values have an offset, so that
+    the rows' deltas do not sum to zero exactly and what they are multiplied by matters. Medians over draws."""
+    names, ratios = ("dtoken", "dvalue", "dbandwidth"), []
+    for _ in range(9):
+        given = [spread * torch.randn(1, 2, 3, 100), 5 + torch.randn(1, 2, 3, 100), torch.tensor([1.0, 0.7])]
+        dout = torch.rand(1, 2, 3, 100)
+        grads = []
+        for dtype, backend in ((torch.float64, "reference"), (torch.float32, "cpu"), (torch.float32, "reference")):
+            leaves = [t.to(dtype, copy=True).requires_grad_() for t in given]
+            token, value, g = (t if layout == "channels_first" else t.mT for t in (*leaves[:2], dout.to(dtype)))
+            words = {"kernel": "gaussian", "bandwidth": leaves[2], "layout": layout, "backend": backend}
+            grads.append(torch.autograd.grad(dnl.nonlocal_attention(token, token, value, **words), leaves, g))
+        ours, eager = ([relative_error(a, e) for a, e in zip(of, grads[0], strict=True)] for of in grads[1:])
+        rounding = 2 * torch.finfo(torch.float32).eps
+        ratios.append([a / (b + rounding) for a, b in zip(ours, eager, strict=True)])
+    for name, found in zip(names, zip(*ratios, strict=True), strict=True):
+        assert median(found) <= 1.5, (name, sorted(found))
+
+
 @every_dtype
 def test_masked_rows_give_zeros_and_zero_gradients(dtype):
     q, k, v = (torch.randn(2, 2, 9, 4, dtype=dtype) for _ in range(3))

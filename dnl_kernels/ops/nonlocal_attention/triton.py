@@ -235,13 +235,13 @@ def _inverse(total):
 
 @triton.jit
 def _pull_keys(
-    dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, first, last, M, b, bh, Q, K, V, CENTRE, MASK,
+    dq, row_sum, moment, mean, q, dout, shift, drift, i, i_exists, factor, first, last, M, b, bh, Q, K, V, CENTRE, MASK,
     q_strides, k_strides, v_strides, D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr, MOMENT: tl.constexpr, PRECISION: tl.constexpr, WORK: tl.constexpr,
     WORK_PRECISION: tl.constexpr, TENSOR_CORES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys [first, last) into dq and into the rows' sums of delta and of delta times score."""
+    """Takes the keys [first, last) into dq and the rows' sums: of delta, and of delta and weight times exponent."""
     for j0 in range(first, last, BLOCK_N):
         j = _positions(j0, BLOCK_N, WIDE)
         seen = _seen_keys(MASK, b, j, M) if MASKED else j >= 0
@@ -255,24 +255,29 @@ def _pull_keys(
         s -= shift[:, None]
         v = _load(V, v_strides, j, seen, E, BLOCK_E)
         dw = tl.dot(_reread(dout, j0 < last, TENSOR_CORES), tl.trans(v), input_precision=PRECISION)
-        delta = tl.exp2(s) * (dw - drift[:, None])
+        w = tl.exp2(s)
+        delta = w * (dw - drift[:, None])
         allowed = seen[None, :]
         if MASKED:
             if CAUSAL:
                 allowed = allowed & (i[:, None] >= j[None, :])
             delta = tl.where(allowed, delta, 0.0)
         if MOMENT:
-            product = delta * tl.maximum(s, LOWEST)
-            moment += tl.sum(tl.where(allowed, product, 0.0) if MASKED else product, 1)
-        if KIND == "distance":
+            s = tl.maximum(s, LOWEST)
+            if MASKED:
+                s = tl.where(allowed, s, 0.0)
+            moment += tl.sum(delta * s, 1)
+            mean += tl.sum(w * s, 1)
+        if KIND != "softmax":
             row_sum += tl.sum(delta, 1)
         if CAUSAL and MASKED:  # see _add_product; rows that see what is not finite are NaN, in all features here
             finite = tl.abs(k.to(tl.float32)) < INFINITY
-            lost = allowed & (tl.min(finite.to(tl.int32), 1) == 0)[None, :]
-            row_sum += tl.where(tl.max(lost.to(tl.int32), 1) > 0, float("nan"), 0.0)
+            lost = tl.min(finite.to(tl.int32), 1) == 0
+            if tl.max(lost.to(tl.int32), 0) > 0:
+                row_sum += tl.where(tl.max((allowed & lost[None, :]).to(tl.int32), 1) > 0, float("nan"), 0.0)
             k = tl.where(finite, k, 0.0).to(k.dtype)
         dq = tl.dot(delta.to(WORK), k.to(WORK), dq, input_precision=WORK_PRECISION)
-    return dq, row_sum, moment
+    return dq, row_sum, moment, mean
 
 
 @triton.jit
@@ -284,7 +289,7 @@ def nonlocal_bwd_query_kernel(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries: dq, the rows' drift sum_j w_ij (dout_i . v_j) = dout_i . out_i, and the tile's moment
-    sum_ij delta_ij s_ij, of which the bandwidth's gradient is made."""
+    sum_ij delta_ij (s_ij - the row's mean s), of which the bandwidth's gradient is made."""
     tiles = tl.cdiv(N, BLOCK_M)
     bh, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     if CAUSAL:
@@ -305,29 +310,36 @@ def nonlocal_bwd_query_kernel(
         tl.store(DRIFT + row, drift, mask=i_exists)
     q = _centred(_load(Q, q_strides, i, i_exists, D, BLOCK_D), CENTRE, bh, D, BLOCK_D)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    row_sum, moment = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    moment, mean = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     last = tl.minimum(M, (tile + 1) * BLOCK_M) if CAUSAL else M
     full = 0
     if TENSOR_CORES and MASK is None:
         full = (tl.minimum(M, tile * BLOCK_M + 1) if CAUSAL else M) // BLOCK_N * BLOCK_N
-        dq, row_sum, moment = _pull_keys(
-            dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, CENTRE, MASK,
-            q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION, WORK, WORK_PRECISION,
+        dq, row_sum, moment, mean = _pull_keys(
+            dq, row_sum, moment, mean, q, dout, shift, drift, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, CENTRE,
+            MASK, q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION, WORK, WORK_PRECISION,
             TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
         )  # fmt: skip
-    dq, row_sum, moment = _pull_keys(
-        dq, row_sum, moment, q, dout, shift, drift, i, i_exists, factor, full, last, M, b, bh, Q, K, V, CENTRE, MASK,
-        q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK, WORK_PRECISION,
+    dq, row_sum, moment, mean = _pull_keys(
+        dq, row_sum, moment, mean, q, dout, shift, drift, i, i_exists, factor, full, last, M, b, bh, Q, K, V, CENTRE,
+        MASK, q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK, WORK_PRECISION,
         TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
     )  # fmt: skip
-    if KIND == "distance":
+    if MOMENT:
+        # Any exponent of a row does for a normalised one, see below; its mean is the one that row_sum's error spares.
+        typical = mean * inverse if NORMALIZE else 0.0
+        tl.store(MOMENTS + bh * tiles + tile, tl.sum((moment - row_sum * typical) * inverse, 0))
+    if KIND != "softmax":
+        # Normalised, row_sum is zero but for the rounding of the drift, which all deltas of a row share: dq_i is a sum
+        # of differences to q_i where q_i is nearer to the keys that matter than their centre is, whose exponent is 0.
+        if NORMALIZE:
+            row_sum *= tl.where(shift > tl.log2(tl.maximum(M * inverse, 1e-30)), 1.0, 0.0)  # which keeps a NaN
         dq -= q.to(tl.float32) * row_sum[:, None]
     elif CAUSAL:
         dq += row_sum[:, None]
     dq *= (inverse * (factor / LOG2E))[:, None]
     _store(_at(DQ, dq_strides, b, h), dq_strides, i, i_exists, dq, D, BLOCK_D)
-    if MOMENT:
-        tl.store(MOMENTS + bh * tiles + tile, tl.sum(moment * inverse, 0))
 
 
 @triton.jit
