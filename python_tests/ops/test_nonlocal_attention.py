@@ -222,12 +222,14 @@ def test_one_hot_rows_are_as_accurate_as_eager(isa, kernel, layout):
     assert errors[0] <= 2 * errors[1]
 
 
-@pytest.mark.parametrize("spread", [2.0, 6.0])
+@pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])
 @pytest.mark.parametrize("layout", ["tokens", "channels_first"])
-def test_gaussian_rows_that_see_mostly_themselves_are_as_accurate_as_eager(isa, spread, layout):
+def test_gaussian_rows_that_see_mostly_themselves_are_more_accurate_than_eager(isa, spread, layout):
     """As in a deep layer: tokens are queries and keys, most weight is each row's own, values have an offset, so that
-    the rows' deltas do not sum to zero exactly and what they are multiplied by matters. Medians over draws."""
-    names, ratios = ("dtoken", "dvalue", "dbandwidth"), []
+    the rows' deltas do not sum to zero exactly and what they are multiplied by matters. Medians over draws.
+
+    At a spread of half a bandwidth rows see all keys alike: dtoken was seen at 3.0 times eager's error there."""
+    limits, ratios = {"dtoken": 0.8 if spread > 1 else 4.0, "dvalue": 1.5, "dbandwidth": 0.7}, []
     for _ in range(9):
         given = [spread * torch.randn(1, 2, 3, 100), 5 + torch.randn(1, 2, 3, 100), torch.tensor([1.0, 0.7])]
         dout = torch.rand(1, 2, 3, 100)
@@ -240,8 +242,8 @@ def test_gaussian_rows_that_see_mostly_themselves_are_as_accurate_as_eager(isa, 
         ours, eager = ([relative_error(a, e) for a, e in zip(of, grads[0], strict=True)] for of in grads[1:])
         rounding = 2 * torch.finfo(torch.float32).eps
         ratios.append([a / (b + rounding) for a, b in zip(ours, eager, strict=True)])
-    for name, found in zip(names, zip(*ratios, strict=True), strict=True):
-        assert median(found) <= 1.5, (name, sorted(found))
+    for (name, limit), found in zip(limits.items(), zip(*ratios, strict=True), strict=True):
+        assert median(found) <= limit, (name, sorted(found))
 
 
 @every_dtype

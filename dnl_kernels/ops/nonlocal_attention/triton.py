@@ -35,11 +35,11 @@ def _at(X, strides, b, h):
 
 
 @triton.jit
-def _load(X, strides, position, exists, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
-    """[positions, BLOCK] of one (sample, head); zero where a position or a feature does not exist."""
-    feature = tl.arange(0, BLOCK).to(position.dtype)
+def _load(X, strides, position, exists, FEATURES: tl.constexpr, BLOCK: tl.constexpr, first=0):
+    """[positions, BLOCK] of one (sample, head), from feature `first` on; zero where one of the two does not exist."""
+    feature = first + tl.arange(0, BLOCK).to(position.dtype)
     mask = exists[:, None]
-    if FEATURES != BLOCK:
+    if FEATURES % BLOCK != 0:
         mask = mask & (feature < FEATURES)[None, :]
     return tl.load(X + (position[:, None] * strides[2] + feature[None, :] * strides[3]), mask=mask, other=0.0)
 
@@ -62,12 +62,26 @@ def _positions(first, BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _centred(x, CENTRE, bh, D: tl.constexpr, BLOCK: tl.constexpr):
+def _centred(x, CENTRE, bh, D: tl.constexpr, BLOCK: tl.constexpr, first=0):
     if CENTRE is not None:
-        feature = tl.arange(0, BLOCK)
+        feature = first + tl.arange(0, BLOCK)
         centre = tl.load(CENTRE + bh.to(tl.int64) * D + feature, mask=feature < D, other=0.0)
         x = (x.to(tl.float32) - centre[None, :]).to(x.dtype)
     return x
+
+
+@triton.jit
+def _product_in_parts(
+    A, a_strides, i, i_exists, B, b_strides, j, j_exists, CENTRE, bh, FEATURES: tl.constexpr, PART: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T of centred rows, read again part by part: of operands that would fill the registers as wholes."""
+    product = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
+    for first in range(0, FEATURES, PART):
+        a = _centred(_load(A, a_strides, i, i_exists, FEATURES, PART, first), CENTRE, bh, FEATURES, PART, first)
+        b = _centred(_load(B, b_strides, j, j_exists, FEATURES, PART, first), CENTRE, bh, FEATURES, PART, first)
+        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    return product
 
 
 @triton.jit
@@ -235,13 +249,16 @@ def _inverse(total):
 
 @triton.jit
 def _pull_keys(
-    dq, row_sum, moment, mean, q, dout, shift, drift, i, i_exists, factor, first, last, M, b, bh, Q, K, V, CENTRE, MASK,
-    q_strides, k_strides, v_strides, D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr, MOMENT: tl.constexpr, PRECISION: tl.constexpr, WORK: tl.constexpr,
+    dq, row_sum, moment, mean, q, dout, shift, drift, i, i_exists, factor, first, last, M, b, bh, Q, K, V, DOUT, CENTRE,
+    MASK, q_strides, k_strides, v_strides, dout_strides, D: tl.constexpr, E: tl.constexpr, KIND: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, MOMENT: tl.constexpr, PRECISION: tl.constexpr, WORK: tl.constexpr,
     WORK_PRECISION: tl.constexpr, TENSOR_CORES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Takes the keys [first, last) into dq and the rows' sums: of delta, and of delta and weight times exponent."""
+    # What is masked needs registers itself.
+    PARTS: tl.constexpr = TENSOR_CORES and (BLOCK_D > 128 or BLOCK_E > 128) and (CAUSAL or MASK is not None)
+    PART: tl.constexpr = 64
     for j0 in range(first, last, BLOCK_N):
         j = _positions(j0, BLOCK_N, WIDE)
         seen = _seen_keys(MASK, b, j, M) if MASKED else j >= 0
@@ -249,12 +266,19 @@ def _pull_keys(
         if KIND == "distance":
             s = _minus_square_distances(Q, q_strides, i, i_exists, K, k_strides, j, seen, D) * (0.5 * factor)
         else:
-            s = tl.dot(_reread(q, j0 < last, TENSOR_CORES), tl.trans(k), input_precision=PRECISION) * factor
+            if PARTS:
+                s = _product_in_parts(Q, q_strides, i, i_exists, K, k_strides, j, seen, CENTRE, bh, D, PART, PRECISION)
+            else:
+                s = tl.dot(_reread(q, j0 < last, TENSOR_CORES), tl.trans(k), input_precision=PRECISION)
+            s *= factor
             if KIND == "gaussian":
                 s += _bias(k, factor)[None, :]
         s -= shift[:, None]
-        v = _load(V, v_strides, j, seen, E, BLOCK_E)
-        dw = tl.dot(_reread(dout, j0 < last, TENSOR_CORES), tl.trans(v), input_precision=PRECISION)
+        if PARTS:
+            dw = _product_in_parts(DOUT, dout_strides, i, i_exists, V, v_strides, j, seen, None, bh, E, PART, PRECISION)
+        else:
+            v = _load(V, v_strides, j, seen, E, BLOCK_E)
+            dw = tl.dot(_reread(dout, j0 < last, TENSOR_CORES), tl.trans(v), input_precision=PRECISION)
         w = tl.exp2(s)
         delta = w * (dw - drift[:, None])
         allowed = seen[None, :]
@@ -302,7 +326,8 @@ def nonlocal_bwd_query_kernel(
     row = bh.to(tl.int64) * N + i
     shift = tl.load(SHIFT + row, mask=i_exists, other=0.0)
     inverse = _inverse(tl.load(SUM + row, mask=i_exists, other=0.0))
-    dout = _load(_at(DOUT, dout_strides, b, h), dout_strides, i, i_exists, E, BLOCK_E)
+    DOUT = _at(DOUT, dout_strides, b, h)
+    dout = _load(DOUT, dout_strides, i, i_exists, E, BLOCK_E)
     drift = tl.zeros((BLOCK_M,), tl.float32)
     if NORMALIZE:
         out = _load(_at(OUT, out_strides, b, h), out_strides, i, i_exists, E, BLOCK_E)
@@ -317,14 +342,14 @@ def nonlocal_bwd_query_kernel(
     if TENSOR_CORES and MASK is None:
         full = (tl.minimum(M, tile * BLOCK_M + 1) if CAUSAL else M) // BLOCK_N * BLOCK_N
         dq, row_sum, moment, mean = _pull_keys(
-            dq, row_sum, moment, mean, q, dout, shift, drift, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, CENTRE,
-            MASK, q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION, WORK, WORK_PRECISION,
-            TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
+            dq, row_sum, moment, mean, q, dout, shift, drift, i, i_exists, factor, 0, full, M, b, bh, Q, K, V, DOUT,
+            CENTRE, MASK, q_strides, k_strides, v_strides, dout_strides, D, E, KIND, CAUSAL, False, MOMENT, PRECISION,
+            WORK, WORK_PRECISION, TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
         )  # fmt: skip
     dq, row_sum, moment, mean = _pull_keys(
-        dq, row_sum, moment, mean, q, dout, shift, drift, i, i_exists, factor, full, last, M, b, bh, Q, K, V, CENTRE,
-        MASK, q_strides, k_strides, v_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK, WORK_PRECISION,
-        TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
+        dq, row_sum, moment, mean, q, dout, shift, drift, i, i_exists, factor, full, last, M, b, bh, Q, K, V, DOUT,
+        CENTRE, MASK, q_strides, k_strides, v_strides, dout_strides, D, E, KIND, CAUSAL, True, MOMENT, PRECISION, WORK,
+        WORK_PRECISION, TENSOR_CORES, BLOCK_N, BLOCK_D, BLOCK_E, WIDE,
     )  # fmt: skip
     if MOMENT:
         # Any exponent of a row does for a normalised one, see below; its mean is the one that row_sum's error spares.

@@ -66,6 +66,14 @@ def test_several_tiles_of_queries_and_keys(small_tiles, name, kernel):
     check(SEVERAL_TILES[name], kernel, dtype)
 
 
+@pytest.mark.parametrize("kernel, D, E", [("softmax", 150, 20), ("gaussian", 20, 200), ("gaussian", 200, 130)])
+@pytest.mark.parametrize("words", [{"causal": True}, {"layout": "channels_first"}], ids=str)
+def test_wide_features_in_parts(kernel, D, E, words):
+    """Where something is masked, the query's gradient reads the features of wide tensors part by part."""
+    mask = None if "causal" in words else 0.6
+    check(Case(1, 1, 21, 37, D, E, words, mask=mask), kernel, torch.bfloat16)
+
+
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
 def test_tf32_only_where_torch_allows_it(monkeypatch, kernel):
     tensors, _ = inputs(Case(1, 1, 20, 20, 16, 8), kernel, torch.float32)
