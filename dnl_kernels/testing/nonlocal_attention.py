@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops.nonlocal_attention.api import nonlocal_attention
+from .budget import relative_error
 from .operators import Operator
 
 
@@ -76,6 +78,30 @@ def inputs(case: Case, kernel: str, dtype: torch.dtype, device: str = "cpu"):
         bandwidth = bandwidth.to(device, dtype)
     mask = None if case.mask is None else torch.rand(case.B, case.M, device=device) < case.mask
     return [*tensors, bandwidth], mask
+
+
+def errors_of_rows_that_see_themselves(backend: str, spread: float, layout: str, draws: int) -> dict[str, float]:
+    """The backend's error / eager's in float32 of a normalised Gaussian of tokens among themselves, medians over draws.
+
+    As in a deep layer: the further apart tokens are (in bandwidths), the more of its weight a row has itself. Values
+    have an offset, so that the rows' deltas do not sum to zero exactly, and what they are multiplied by matters."""
+    ratios: dict[str, list[float]] = {"token": [], "value": [], "bandwidth": []}
+    for _ in range(draws):
+        given = [spread * torch.randn(1, 2, 3, 100), 5 + torch.randn(1, 2, 3, 100), torch.tensor([1.0, 0.7])]
+        doutput = torch.rand(1, 2, 3, 100)
+
+        def gradients(dtype, backend, given=given, doutput=doutput):
+            leaves = [t.to(dtype, copy=True).requires_grad_() for t in given]
+            token, value, g = (t if layout == "channels_first" else t.mT for t in (*leaves[:2], doutput.to(dtype)))
+            words: dict = {"kernel": "gaussian", "bandwidth": leaves[2], "layout": layout, "backend": backend}
+            return torch.autograd.grad(nonlocal_attention(token, token, value, **words), leaves, g)
+
+        exact = gradients(torch.float64, "reference")
+        found, eager = gradients(torch.float32, backend), gradients(torch.float32, "reference")
+        for name, a, b, e in zip(ratios, found, eager, exact, strict=True):
+            rounding = 2 * torch.finfo(torch.float32).eps
+            ratios[name].append(relative_error(a, e) / (relative_error(b, e) + rounding))
+    return {name: statistics.median(of) for name, of in ratios.items()}
 
 
 def _leaves(dtype: torch.dtype, batch: int) -> list[Tensor]:

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 class Mutation(NamedTuple):
     """`old`, which occurs once in ops/<operator>/<file>, becomes `new`; the tests that `tests` selects must fail."""
 
-    kind: str  # what is broken: mask, offset, scale, ..
+    kind: str  # what is broken: mask, offset, scale, rounding, ..
     old: str
     new: str
     tests: str = ""  # pytest's -k
@@ -85,6 +85,14 @@ MUTATIONS: dict[str, list[Mutation]] = {
             "tl.sum(wide * wide, 1) * (-1.0 * factor)",
             "float64 and gaussian-odd",
         ),
+        Mutation(
+            "offset",
+            "j_exists, FEATURES, PART, first)",
+            "j_exists, FEATURES, PART, 0)",
+            "in_parts",
+        ),
+        Mutation("rounding", "1e-30)), 1.0, 0.0)", "1e-30)), 0.0, 0.0)", "mostly_themselves"),
+        Mutation("rounding", "typical = mean * inverse if", "typical = 0.0 * inverse if", "mostly_themselves"),
         Mutation(
             "sum", "dk -= k.to(tl.float32) * column[:, None]", "dk -= k.to(tl.float32)", "float64 and gaussian-odd"
         ),

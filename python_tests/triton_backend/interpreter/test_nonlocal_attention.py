@@ -7,7 +7,7 @@ import dnl_kernels as dnl
 from dnl_kernels import _backend, _triton
 from dnl_kernels.ops.nonlocal_attention import triton as kernels
 from dnl_kernels.testing import named
-from dnl_kernels.testing.nonlocal_attention import CASES, KERNELS, Case, inputs
+from dnl_kernels.testing.nonlocal_attention import CASES, KERNELS, Case, errors_of_rows_that_see_themselves, inputs
 from dnl_kernels.testing.triton_interpreter import traffic
 
 EXPONENTIAL = [kernel for kernel in KERNELS if "dot" not in kernel]
@@ -91,6 +91,13 @@ def strided(t, order, step):
     wide = torch.full([t.shape[d] * step for d in order], float("nan"), dtype=t.dtype)
     view = wide[tuple(slice(None, None, step) for _ in order)].permute([order.index(d) for d in range(4)])
     return view.copy_(t)
+
+
+@pytest.mark.parametrize("spread, layout", [(0.5, "tokens"), (6.0, "channels_first")])
+def test_gaussian_rows_that_see_mostly_themselves_are_more_accurate_than_eager(spread, layout):
+    limits = {"token": 0.8 if spread > 1 else 4.0, "value": 1.5, "bandwidth": 0.7}
+    for name, ratio in errors_of_rows_that_see_themselves("triton", spread, layout, draws=3).items():
+        assert ratio <= limits[name], name
 
 
 @pytest.mark.parametrize("layout", ["tokens", "channels_first"])
