@@ -15,7 +15,7 @@ from typing import Any
 
 from bench import results
 from bench.results import Row, phases, strongest
-from dnl_kernels.testing.cuda_traffic import DEVICES
+from dnl_kernels.testing import roofline
 
 MIB = 2**20
 
@@ -125,21 +125,18 @@ No GPU has run these kernels. The floor of a forward pass is the larger of its b
 its FLOPs / rate, from the data sheets: no kernel can be faster, and nothing here says how near ours come. What the
 kernels are made of, from compiled code and counted addresses: registers, spills and occupancy of
 [CUDA C++](../gpu/cuda-compile.md) and [Triton](../gpu/triton-compile.md); bytes moved, FLOPs and floors of
-[CUDA C++](../gpu/cuda-traffic.md), bytes requested by [Triton](../gpu/triton-traffic.md)."""
+[CUDA C++](../gpu/cuda-traffic.md) and [Triton](../gpu/triton-traffic.md)."""
 
 
 def floor_table(rows: list[Row]) -> str:
     """What the forward pass of every case that counts its work costs at least, in microseconds."""
-    columns = ["operator", "case", "dtype", "GFLOP", "MiB", *(f"floor on {name}, us" for name in DEVICES)]
+    columns = ["operator", "case", "dtype", "GFLOP", "MiB", *(f"floor on {name}, us" for name in roofline.DEVICES)]
     lines = []
     for row in rows:
         flops, moved = row["flops"]["forward"], row["bytes"]["forward"]
         if not flops or not moved:
             continue
-        floors = [
-            max(moved / d.bandwidth / 1e3, flops / (d.single if row["dtype"] == "float32" else d.half) / 1e6)
-            for d in DEVICES.values()
-        ]
+        floors = roofline.floors(moved, flops, row["dtype"] == "float32").values()
         lines.append([row["operator"], row["case"], row["dtype"], f"{flops / 1e9:.3g}", mib(moved),
                       *(f"{floor:.1f}" for floor in floors)])  # fmt: skip
     return table(columns, lines)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..ops.dnl_block import fused
 from ..ops.dnl_block.config import BlockConfig, LayerParameters
 from ..ops.dnl_layer import fused as layer_fused
-from . import cuda_emulator
+from . import cuda_emulator, roofline
 from .dense_conv2d import Case, inputs
 from .dense_sum import Case as SumCase
 from .dense_sum import inputs as sum_inputs
@@ -29,21 +29,6 @@ from .dnl_layer import Case as LayerCase
 from .dnl_layer import inputs as layer_inputs
 
 HEADER = "Computed from the kernels' addresses, not measured on a GPU."
-
-
-class Device(NamedTuple):
-    """Memory bandwidth in GB/s, dense multiplication in TFLOP/s: half types with float32 sums, float32 by FMA."""
-
-    bandwidth: float
-    half: float
-    single: float
-
-
-DEVICES = {  # NVIDIA's data sheets
-    "RTX 3090": Device(936, 71, 35.6),
-    "A100": Device(1555, 312, 19.5),
-    "H100": Device(3350, 989, 67),
-}
 
 
 class Row(NamedTuple):
@@ -61,10 +46,9 @@ class Row(NamedTuple):
     def ratio(self) -> float:
         return self.moved / self.compulsory
 
-    def floor(self, device: Device) -> float:
+    def floors(self) -> dict[str, float]:
         """The time in microseconds below which no kernel of these sizes can stay."""
-        rate = device.single if self.dtype == torch.float32 else device.half
-        return max(self.compulsory / device.bandwidth / 1e3, self.flops / rate / 1e6)
+        return roofline.floors(self.compulsory, self.flops, self.dtype == torch.float32)
 
 
 def size(*tensors: Tensor) -> int:
@@ -202,22 +186,20 @@ def rows(emulator: cuda_emulator.Emulator) -> list[Row]:
 
 def text(found: list[Row]) -> str:
     header = ["kernel", "case", "dtype", "MFLOP", "compulsory KiB", "moved KiB", "ratio", "bar", "bank conflicts"]
-    header += [f"floor on {device}, us" for device in DEVICES]
+    header += [f"floor on {device}, us" for device in roofline.DEVICES]
     lines = [header, ["---"] * len(header)]
     for row in found:
         facts = [f"{row.flops / 1e6:.3g}", f"{row.compulsory / 1024:.0f}", f"{row.moved / 1024:.0f}"]
         facts += [f"{row.ratio:.3f}", f"{row.bar:.2f}"]
         facts.append("-" if math.isnan(row.banks) else f"{row.banks:.2f}")
-        floors = [f"{row.floor(device):.2f}" for device in DEVICES.values()]
+        floors = [f"{floor:.2f}" for floor in row.floors().values()]
         lines.append([row.kernel, row.case, str(row.dtype).removeprefix("torch."), *facts, *floors])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return (
         f"# CUDA C++ kernels: global-memory traffic\n\n{HEADER}\n\nMoved: 32-byte sectors that a block of threads "
         "touches, each once per block, with halos, re-read filters and the partial sums that a second launch adds up. "
         "Bank conflicts: how often an ordinary access of a warp to shared memory is repeated; ldmatrix: none. "
-        "Floor: max(compulsory bytes / bandwidth, FLOPs / rate) of the sizes of the case, from the data sheets "
-        "(936, 1555, 3350 GB/s; 71, 312, 989 TFLOP/s for half types; 35.6, 19.5, 67 for float32 by FMA).\n\n"
-        f"{table}\n"
+        f"Floor: {roofline.SOURCE}, of the compulsory bytes and the sizes of the case.\n\n{table}\n"
     )
 
 

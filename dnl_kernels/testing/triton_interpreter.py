@@ -112,6 +112,8 @@ def _dot(self, a, b, accumulator, precision, *rest, original=Builder.create_dot)
     """Half types are multiplied exactly and summed in float32; float32 is rounded to tf32 where the kernel allows.
 
     Rounded once per dot: like in the hardware's, and unlike numpy's, an element does not depend on the tile's shape."""
+    if _Launch.traffic is not None:
+        _Launch.traffic.flops += 2 * accumulator.data.size * a.data.shape[-1]
     if accumulator.data.dtype != np.float32:
         return original(self, a, b, accumulator, precision, *rest)
     parts = [_widened(x).data.astype(np.float32) for x in (a, b)]
@@ -167,10 +169,11 @@ class Extent(NamedTuple):
 
 
 class Traffic:
-    """Bytes that kernels requested: `load`, `store`, and by tensor; and the 32-byte sectors that they touched."""
+    """Bytes that kernels requested: `load`, `store`, and by tensor; the 32-byte sectors that they touched; the
+    operations of their matrix products (`flops`), with those of a tile's padding."""
 
     def __init__(self) -> None:
-        self.load = self.store = self.launches = 0
+        self.load = self.store = self.launches = self.flops = 0
         self.by_tensor: dict[str, dict[str, int]] = {}
         self._sectors: dict[str, set[int]] = {"load": set(), "store": set()}
 

@@ -15,14 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import roofline
 from .triton_gate import DTYPES, write
 
 HEADER = "Computed by interpretation, not measured on a GPU."
+ABOUT = (
+    "Requested: bytes that the instructions ask for. MFLOP: of the matrix products, with the padding of tiles. Floor: "
+    f"{roofline.SOURCE}, of these operations and of the sectors touched, each once."
+)
 
 
 class Row(NamedTuple):
     """One call: bytes requested by its kernels, bytes of the formula that it is held to (`least`, named by `formula`),
-    and the greatest ratio of the two that is allowed."""
+    and the greatest ratio of the two that is allowed. once: bytes of the sectors touched, each once per direction;
+    flops: of the kernels' matrix products."""
 
     operator: str
     case: str
@@ -33,6 +39,12 @@ class Row(NamedTuple):
     requested: int
     least: int
     bar: float
+    once: int
+    flops: int
+
+    def floors(self) -> dict[str, float]:
+        """Microseconds by device below which no kernel of these sizes can stay."""
+        return roofline.floors(self.once, self.flops, self.dtype == "fp32")
 
     @property
     def ratio(self) -> float:
@@ -66,7 +78,8 @@ def measure(
     with traffic() as count:
         call()
     name = next(n for n, d in DTYPES.items() if d == dtype)
-    return Row(operator, case, name, direction, formula, count.launches, count.requested + outside, least, bar)
+    requested, once = count.requested + outside, count.unique_sector_bytes + outside
+    return Row(operator, case, name, direction, formula, count.launches, requested, least, bar, once, count.flops)
 
 
 def dense_sum_rows() -> Iterator[Row]:
@@ -301,7 +314,10 @@ CASES: dict[str, Callable[[], Iterator[Row]]] = {
     "dnl_layer": dnl_layer_rows,
     "dnl_block": dnl_block_rows,
 }
-COLUMNS = ("operator", "case", "dtype", "direction", "launches", "requested", "least", "ratio", "bar", "least is")
+COLUMNS = (
+    *("operator", "case", "dtype", "direction", "launches", "requested", "least", "ratio", "bar", "least is", "MFLOP"),
+    *(f"floor on {device}, us" for device in roofline.DEVICES),
+)
 
 
 def rows(operators: list[str] | None = None) -> list[Row]:
@@ -311,7 +327,10 @@ def rows(operators: list[str] | None = None) -> list[Row]:
 def table(found: list[Row]) -> str:
     """The report as a Markdown table."""
     cells = [
-        (r.operator, r.case, r.dtype, r.direction, r.launches, r.requested, r.least, f"{r.ratio:.3f}", r.bar, r.formula)
+        (
+            *(r.operator, r.case, r.dtype, r.direction, r.launches, r.requested, r.least, f"{r.ratio:.3f}", r.bar),
+            *(r.formula, f"{r.flops / 1e6:.3g}", *(f"{floor:.2f}" for floor in r.floors().values())),
+        )
         for r in found
     ]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *cells])
@@ -323,7 +342,7 @@ def main() -> None:
     parser.add_argument("--markdown", help="also write the table to this file")
     arguments = parser.parse_args()
     found = rows(arguments.operators or None)
-    text = f"# Triton kernels: memory traffic\n\n{HEADER}\n\n{table(found)}\n"
+    text = f"# Triton kernels: memory traffic\n\n{HEADER}\n\n{ABOUT}\n\n{table(found)}\n"
     print(text)
     if arguments.markdown:
         write(arguments.markdown, text)

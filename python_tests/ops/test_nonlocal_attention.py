@@ -44,7 +44,7 @@ def check(tensors, together=False, factor=2.0, **keywords):
     but for rounding.
 
     dbandwidth is one number, a sum over all pairs whose terms cancel: in a single draw either side may be the lucky one
-    by far (ours / eager over 24 draws: at most 15). What holds on average is tested below."""
+    by far (ours / eager over 24 draws: at most 12). What holds on average is tested below."""
     out, grads = run(tensors, "cpu", **keywords)
     eager, eager_grads = run(tensors, "reference", **keywords)
     exact, exact_grads = run([None if t is None else t.double() for t in tensors], "reference", **keywords)
@@ -74,7 +74,7 @@ def test_float64(isa, name, kernel):
 
 
 def test_the_gradient_of_the_bandwidth_is_on_average_as_exact_as_eager():
-    """The middle of ours / eager over cases and draws; 0.5 when this was written."""
+    """The middle of ours / eager over cases and draws; 0.3 when this was written."""
     ratios = []
     for name in ("odd", "channels-first", "causal", "key-mask", "several-parts", "wide"):
         for kernel in ("gaussian", "gaussian-unnormalised"):
@@ -84,7 +84,7 @@ def test_the_gradient_of_the_bandwidth_is_on_average_as_exact_as_eager():
                 exact = run([t.double() for t in tensors], "reference", **words)[1][3]
                 ours, eager = (relative_error(run(tensors, b, **words)[1][3], exact) for b in ("cpu", "reference"))
                 ratios.append(ours / (eager + torch.finfo(torch.float32).eps))
-    assert median(ratios) <= 1.0, sorted(ratios)
+    assert median(ratios) <= 0.7, sorted(ratios)
 
 
 @every_case

@@ -27,3 +27,15 @@ def test_a_state_read_twice_exceeds_the_bar():
     assert call(states).fault() is None
     weight = torch.ones(4)
     assert "1.2" in call([*states, states[0]]).fault()
+
+
+def test_flops_and_floors_are_those_of_the_products():
+    """softmax D64: two products of 256 x 256 x 64 forward, five backward, of which the scores are formed twice."""
+    half = [r for r in triton_traffic.rows(["nonlocal_attention"]) if (r.case, r.dtype) == ("softmax D64", "bf16")]
+    product = 2 * 256 * 256 * 64
+    assert [(r.direction, r.flops) for r in half] == [("forward", 2 * product), ("backward", 7 * product)]
+    forward = half[0]
+    assert forward.once == 4 * 256 * 64 * 2 + 2 * 256 * 4  # q, k, v, out; shift, sum
+    assert forward.floors()["A100"] == pytest.approx(max(forward.once / 1555e3, forward.flops / 312e6))
+    single = forward._replace(dtype="fp32", flops=10**9)
+    assert single.floors()["H100"] == pytest.approx(1e9 / 67e6)
