@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton import VECTOR, aligned, as_rows, dot_precision, pointer_table, power_of_two
+from ._triton import VECTOR, aligned, architecture, as_rows, dot_precision, pointer_table, power_of_two
 
 # --- inside the kernels ----------------------------------------------------------------------------------------------
 
@@ -421,10 +421,13 @@ TILES = {
     "pull": {2: Tile(64, 64, 32, 4), 4: Tile(64, 32, 16, 4)},
     "weight": {2: Tile(64, 64, 32, 4), 4: Tile(32, 32, 16, 4)},
 }
+# What would spill on one architecture only: (architecture, kernel, bytes of an element).
+TILES_OF = {(100, "accumulate", 4): Tile(64, 32, 16, 8)}
 
 
 def tile(kernel: str, like: Tensor) -> Tile:
-    return TILES[kernel][like.element_size()]
+    size = like.element_size()
+    return TILES_OF.get((architecture(), kernel, size), TILES[kernel][size])
 
 
 def accumulate(

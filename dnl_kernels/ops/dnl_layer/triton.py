@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..._triton import dot_precision, power_of_two
+from ..._triton import architecture, dot_precision, power_of_two
 from ..._triton_conv import (
     Images,
     Operand,
@@ -187,14 +187,19 @@ class Tile(NamedTuple):
 # (kernel, bytes of an element) -> the largest number of channels, padded to a power of two, of a tile -> tile.
 TILES = {
     ("project", 2): {64: Tile((128, 32, 64), 8, 2), 128: Tile((64, 32, 32), 8, 2)},
-    ("project", 4): {64: Tile((64, 32, 16), 8, 1)},
-    ("attend", 2): {64: Tile((128, 32), 8, 2), 128: Tile((64, 32), 8, 1)},
+    ("project", 4): {32: Tile((32, 32, 16), 8, 1), 64: Tile((64, 32, 16), 8, 1)},
+    ("attend", 2): {32: Tile((64, 64), 8, 2), 64: Tile((128, 32), 8, 2), 128: Tile((64, 32), 8, 1)},
     ("attend", 4): {64: Tile((64, 32), 8, 1)},
+}
+# What would spill on one architecture only: (architecture, kernel, bytes of an element).
+TILES_OF = {
+    (80, "attend", 4): {64: Tile((16, 32), 8, 1)},
+    (120, "project", 4): {32: Tile((64, 32, 16), 8, 1), 64: Tile((32, 32, 16), 8, 1)},
 }
 
 
 def tile(kernel: str, element: int, width: int) -> Tile:
-    table = TILES[kernel, element]
+    table = {**TILES[kernel, element], **TILES_OF.get((architecture(), kernel, element), {})}
     return table[next(most for most in sorted(table) if width <= most)]
 
 

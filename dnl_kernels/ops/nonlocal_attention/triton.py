@@ -257,7 +257,7 @@ def _pull_keys(
 ):  # fmt: skip
     """Takes the keys [first, last) into dq and the rows' sums: of delta, and of delta and weight times exponent."""
     # What is masked needs registers itself.
-    PARTS: tl.constexpr = TENSOR_CORES and (BLOCK_D > 128 or BLOCK_E > 128) and (CAUSAL or MASK is not None)
+    PARTS: tl.constexpr = TENSOR_CORES and (BLOCK_D > 64 or BLOCK_E > 64) and (CAUSAL or MASK is not None)
     PART: tl.constexpr = 64
     for j0 in range(first, last, BLOCK_N):
         j = _positions(j0, BLOCK_N, WIDE)
@@ -481,23 +481,22 @@ TILES = {
 }
 # Anything but softmax without masks needs more registers; tried on a causal, masked, channels-first Gaussian.
 TILES_GENERAL = {
-    ("forward", HALF): {64: Config(128, 32, 8, 3), 128: Config(64, 32, 8, 3), 256: Config(32, 32, 8, 2)},
-    ("forward", FULL): {64: Config(64, 16, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("query", HALF): {64: Config(128, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(32, 16, 8, 1)},
-    ("query", FULL): {64: Config(32, 16, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("forward", HALF): {64: Config(128, 32, 8, 3), 128: Config(64, 16, 8, 3), 256: Config(32, 32, 8, 2)},
+    ("forward", FULL): {64: Config(32, 16, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("query", HALF): {64: Config(128, 16, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    ("query", FULL): {64: Config(16, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     ("key", HALF): {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
     ("key", FULL): {64: Config(16, 64, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
 }
-# Where a block may have 163 KiB of shared memory or more, what is larger there.
-LARGE_SHARED = {80, 90, 100}
-TILES_LARGE_SHARED = {("query", HALF): {256: Config(64, 32, 8, 1)}}
+# What an architecture with more shared memory (163 KiB a block or more) can do better: (architecture, kernel, bytes).
+TILES_OF = {(sm, "query", HALF): {256: Config(64, 32, 8, 1)} for sm in (80, 100)}
 
 
 def config(kernel: str, element: int, width: int, plain: bool = True) -> Config:
     """plain: softmax without masks."""
     table = (TILES if plain else TILES_GENERAL)[kernel, element]
-    if plain and architecture() in LARGE_SHARED:
-        table = {**table, **TILES_LARGE_SHARED.get((kernel, element), {})}
+    if plain:
+        table = {**table, **TILES_OF.get((architecture(), kernel, element), {})}
     return table[next(most for most in sorted(table) if width <= most)]
 
 

@@ -63,6 +63,7 @@ def test_fused_layer_over_several_tiles(name, dtype, monkeypatch):
     """Of positions, of the channels of a state, of the rows of a projection."""
     small = {kernel: {128: fused_kernels.Tile((16,) * 3, 1, 1)} for kernel in fused_kernels.TILES}
     monkeypatch.setattr(fused_kernels, "TILES", small)
+    monkeypatch.setattr(fused_kernels, "TILES_OF", {})
     test_layer_against_float64(SEVERAL_TILES[name], dtype)
 
 

@@ -23,7 +23,7 @@ def small_tiles(monkeypatch):
     small = {k: {256: kernels.Config(*sizes[k[0]], 1, 1)} for k in kernels.TILES}
     monkeypatch.setattr(kernels, "TILES", small)
     monkeypatch.setattr(kernels, "TILES_GENERAL", small)
-    monkeypatch.setattr(kernels, "TILES_LARGE_SHARED", {})
+    monkeypatch.setattr(kernels, "TILES_OF", {})
 
 
 def check(case, kernel, dtype):
