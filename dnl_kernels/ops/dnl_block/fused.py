@@ -33,6 +33,17 @@ def choose(x0: Tensor, backend: str | None) -> str | None:
     return None
 
 
+def beyond_local(config: BlockConfig, block: str) -> str | None:
+    """What the blocks that are one local kernel lack, by the name of the block."""
+    if config.kernel != "local" or config.affine == "linear":
+        return f"{block} has kernel='local' and a convolution, not {config.kernel!r} and {config.affine!r}"
+    if config.bottleneck is not None:
+        return f"{block} has no bottleneck"
+    if config.input_skip and config.preactivation:
+        return f"{block} has an input skip in the paper's order only"
+    return None
+
+
 def limit(x0: Tensor, parameters: Sequence[Any], config: BlockConfig, backend: str | None) -> str | None:
     """Why the fused kernels cannot run this call, or None. The composition runs every call."""
     chosen = choose(x0, backend)
@@ -40,12 +51,8 @@ def limit(x0: Tensor, parameters: Sequence[Any], config: BlockConfig, backend: s
         return "the fused block has a CPU kernel and one in Triton"
     if chosen == "triton" and x0.dtype == torch.float64:
         return "the fused block in Triton is not for float64"
-    if config.kernel != "local" or config.affine == "linear":
-        return f"the fused block has kernel='local' and a convolution, not {config.kernel!r} and {config.affine!r}"
-    if config.bottleneck is not None:
-        return "the fused block has no bottleneck"
-    if config.input_skip and config.preactivation:
-        return "the fused block has an input skip in the paper's order only"
+    if reason := beyond_local(config, "the fused block"):
+        return reason
     if any(t is not None and t.requires_grad for p in parameters for t in (p.norm_mean, p.norm_var)):
         return "the fused block takes given statistics as constants"
     return None

@@ -48,12 +48,8 @@ def limit(x0: Tensor, parameters: Sequence[Any], config: BlockConfig, backend: s
         return f"the resident block is for float32, bfloat16 and float16, not {x0.dtype}"
     if config.norm is not None and config.training:
         return "the resident block sees one sample at a time, not the statistics of the batch"
-    if config.kernel != "local" or config.affine == "linear":
-        return f"the resident block has kernel='local' and a convolution, not {config.kernel!r} and {config.affine!r}"
-    if config.bottleneck is not None:
-        return "the resident block has no bottleneck"
-    if config.input_skip and config.preactivation:
-        return "the resident block has an input skip in the paper's order only"
+    if reason := fused.beyond_local(config, "the resident block"):
+        return reason
     tensors = [x0, *(t for p in parameters for t in p if t is not None)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "the resident block has no gradients"

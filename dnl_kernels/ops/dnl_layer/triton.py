@@ -194,6 +194,7 @@ TILES = {
 # What would spill on one architecture only: (architecture, kernel, bytes of an element).
 TILES_OF = {
     (80, "attend", 4): {64: Tile((16, 32), 8, 1)},
+    (100, "project", 4): {32: Tile((64, 32, 16), 8, 1)},
     (120, "project", 4): {32: Tile((64, 32, 16), 8, 1), 64: Tile((32, 32, 16), 8, 1)},
 }
 

@@ -488,15 +488,18 @@ TILES_GENERAL = {
     ("key", HALF): {64: Config(64, 32, 8, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)},
     ("key", FULL): {64: Config(16, 64, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)},
 }
-# What an architecture with more shared memory (163 KiB a block or more) can do better: (architecture, kernel, bytes).
-TILES_OF = {(sm, "query", HALF): {256: Config(64, 32, 8, 1)} for sm in (80, 100)}
+# What is larger with 163 KiB of shared memory or more, or would spill: (architecture, kernel, bytes, plain).
+TILES_OF = {
+    (80, "query", HALF, True): {256: Config(64, 32, 8, 1)},
+    (90, "query", FULL, False): {64: Config(32, 16, 8, 1)},
+    (100, "query", HALF, True): {256: Config(64, 32, 8, 1)},
+}
 
 
 def config(kernel: str, element: int, width: int, plain: bool = True) -> Config:
     """plain: softmax without masks."""
     table = (TILES if plain else TILES_GENERAL)[kernel, element]
-    if plain:
-        table = {**table, **TILES_OF.get((architecture(), kernel, element), {})}
+    table = {**table, **TILES_OF.get((architecture(), kernel, element, plain), {})}
     return table[next(most for most in sorted(table) if width <= most)]
 
 
