@@ -94,10 +94,11 @@ def key() -> str:
 
 
 def _ninja() -> list[str] | None:
-    """The ninja program, or the one that the ninja wheel carries."""
-    if found := shutil.which("ninja"):
-        return [found]
-    return [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else None
+    """The one that the ninja wheel carries, or else the program: pip's isolated builds have the wheel's as well, and
+    another version would take all that they left for out of date."""
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    return [found] if (found := shutil.which("ninja")) else None
 
 
 def _escape(path: object) -> str:
