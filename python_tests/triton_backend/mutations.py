@@ -113,7 +113,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
             "float64 and float32",
             CONV,
         ),
-        Mutation("sum", "tl.dot(tl.trans(dy), z, dw,", "tl.dot(tl.trans(dy), z,", "several and float32", CONV),
+        Mutation("sum", "tl.dot(tl.trans(dy), z, dw,", "tl.dot(tl.trans(dy), z,", "several_steps", CONV),
         Mutation("scale", "_pull(g * scale,", "_pull(g,", "float64 and float32", CONV),
         Mutation("derivative", "g * (s * (1.0 + u * (1.0 - s)))", "g * s", "float32", CONV),
         Mutation("sum", "tl.sum(g * x.to(tl.float32), 0)", "tl.sum(g, 0)", "float64 and float32", CONV),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dnl_kernels as dnl
-from dnl_kernels import _backend
+from dnl_kernels import _backend, _triton_conv
 from dnl_kernels._checks import ACTIVATIONS
 from dnl_kernels._triton_conv import operand
 from dnl_kernels.testing import assert_within_budget
@@ -44,6 +44,12 @@ def check(case, tensors):
 @every_dtype
 def test_against_float64(case, dtype):
     check(case, inputs(case, dtype))
+
+
+def test_a_weight_gradient_over_several_steps(monkeypatch):
+    """Of one program, as where there are more tiles of positions than programs."""
+    monkeypatch.setattr(_triton_conv, "SPLITS", 1)
+    check(OWN_CASES["several-tiles"], inputs(OWN_CASES["several-tiles"], torch.float32))
 
 
 def test_more_states_than_one_launch_writes_pointers():

@@ -51,7 +51,7 @@ def test_layer_against_float64(name, dtype):
 
 
 SEVERAL_TILES = {
-    "softmax": dnl_layer.Case((4, 6), (3, 18), 20, kernel="softmax", heads=2, preactivation=True, output_norm=True),
+    "softmax": dnl_layer.Case((4, 6), (3, 18), 20, kernel="softmax", heads=6, preactivation=True, output_norm=True),
     "gaussian": dnl_layer.Case((37,), (5, 17), 33, kernel="gaussian", heads=2, skip=True, residual=True, tau=0.5),
 }
 
