@@ -187,15 +187,15 @@ class Tile(NamedTuple):
 # (kernel, bytes of an element) -> the largest number of channels, padded to a power of two, of a tile -> tile.
 TILES = {
     ("project", 2): {64: Tile((128, 32, 64), 8, 2), 128: Tile((64, 32, 32), 8, 2)},
-    ("project", 4): {32: Tile((32, 32, 16), 8, 1), 64: Tile((64, 32, 16), 8, 1)},
+    ("project", 4): {64: Tile((64, 32, 16), 8, 1)},
     ("attend", 2): {32: Tile((64, 64), 8, 2), 64: Tile((128, 32), 8, 2), 128: Tile((64, 32), 8, 1)},
     ("attend", 4): {64: Tile((64, 32), 8, 1)},
 }
 # What would spill on one architecture only: (architecture, kernel, bytes of an element).
 TILES_OF = {
-    (80, "attend", 4): {64: Tile((16, 32), 8, 1)},
-    (100, "project", 4): {32: Tile((64, 32, 16), 8, 1)},
-    (120, "project", 4): {32: Tile((64, 32, 16), 8, 1), 64: Tile((32, 32, 16), 8, 1)},
+    (80, "attend", 4): {32: Tile((64, 32), 8, 1), 64: Tile((16, 32), 8, 1)},
+    (90, "project", 4): {32: Tile((32, 32, 16), 8, 1)},
+    (120, "project", 4): {64: Tile((32, 32, 16), 8, 1)},
 }
 
 
