@@ -6,6 +6,7 @@ import torch
 import dnl_kernels as dnl
 from dnl_kernels import _backend, _triton
 from dnl_kernels.ops.nonlocal_attention import triton as kernels
+from dnl_kernels.ops.nonlocal_attention import triton_tiles
 from dnl_kernels.testing import named
 from dnl_kernels.testing.nonlocal_attention import CASES, KERNELS, Case, errors_of_rows_that_see_themselves, inputs
 from dnl_kernels.testing.triton_interpreter import traffic
@@ -20,10 +21,10 @@ HALF = [torch.bfloat16, torch.float16]
 def small_tiles(monkeypatch):
     """Tiles of 16 or 32 positions, so that small cases take several, of queries and of keys, in every kernel."""
     sizes = {"forward": (32, 16), "query": (16, 32), "key": (16, 32)}
-    small = {k: {256: kernels.Config(*sizes[k[0]], 1, 1)} for k in kernels.TILES}
-    monkeypatch.setattr(kernels, "TILES", small)
-    monkeypatch.setattr(kernels, "TILES_GENERAL", small)
-    monkeypatch.setattr(kernels, "TILES_OF", {})
+    small = {k: {256: triton_tiles.Config(*sizes[k[0]], 1, 1)} for k in triton_tiles.TILES}
+    monkeypatch.setattr(triton_tiles, "TILES", small)
+    monkeypatch.setattr(triton_tiles, "TILES_GENERAL", small)
+    monkeypatch.setattr(triton_tiles, "TILES_OF", {})
 
 
 def check(case, kernel, dtype):
