@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from . import checkpoint, interrupt, model
+from . import checkpoint, model
 from .config import Config
 from .data import Images
 from .errors import Stopped
@@ -141,7 +141,6 @@ class Run:
         seen, all_seen, started = 0, 0, time.perf_counter()
         polled = started
         for step, batch in enumerate(order, 1):
-            interrupt.check()
             images, labels = data.batch(ranks.share(batch))
             if config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)

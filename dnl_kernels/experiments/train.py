@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__
 from . import config as settings
-from . import data, interrupt, metrics, report
+from . import data, metrics, report
 from .config import Config
 from .errors import Stopped, UsageError, require
 from .ranks import Ranks, joined, restarts
@@ -36,12 +36,7 @@ def run(args: argparse.Namespace) -> int:
     out = pathlib.Path(args.out)
     require("matplotlib")  # before the hours of training, not after them
     try:
-        with (
-            interrupt.remembered(),
-            threads(config.threads),
-            joined(config.device) as ranks,
-            deterministic(config.device),
-        ):
+        with threads(config.threads), joined(config.device) as ranks, deterministic(config.device):
             if args.workers < 1 or (args.workers > 1 and (ranks.size > 1 or config.device != "cpu")):
                 raise UsageError(
                     f"--workers is {args.workers}; expected a number >= 1, and 1 on a GPU or under torchrun"

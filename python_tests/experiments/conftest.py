@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import pathlib
+import signal
 import socket
 import sys
 
@@ -21,7 +22,11 @@ PRELOAD = ["killed", "dnl_kernels.nn", "sklearn.datasets", "torch._dynamo", "mat
 
 @pytest.fixture(scope="session")
 def start():
-    """start(words, **options of killed.dnl): a `dnl` command in a process."""
+    """start(words, **options of killed.dnl): a `dnl` command in a process.
+
+    A shell's background job ignores SIGINT, and so would what it starts; the processes of the tests are to obey."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
 

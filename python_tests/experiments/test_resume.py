@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from dnl_kernels.experiments import interrupt, metrics
+from dnl_kernels.experiments import metrics
 
 WORDS = ["train", "--limit", "60", "--batch-size", "16", "--epochs", "2", "--repeats", "1", "--depths", "1", "2"]
 WORDS += ["--threads", "1", "--resume"]
@@ -124,21 +124,6 @@ def test_ctrl_c(start, run, assert_same, tmp_path):
     assert process.exitcode == 0
     kept = lines(out)[-2:]
     assert [record["depth"] for record in kept] == [2, 2] and kept[0]["epoch"] == 1
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_within_a_destructor_is_not_lost():
-    class Frees:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)  # the signal comes here
-
-    with interrupt.remembered():
-        Frees()  # Python prints the exception, and goes on
-        with pytest.raises(KeyboardInterrupt):
-            interrupt.check()
-    interrupt.check()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_disk_that_is_full(start, run, assert_same, tmp_path):
