@@ -35,12 +35,12 @@ class Case(NamedTuple):
 CASES = {
     "train-L4-8x8": Case(4, size=8, batch=16),
     "train-L16": Case(16, bars=(5.0, 4.0), compiles=True),
-    "train-L32": Case(32, bars=(7.0, 4.3)),
+    "train-L32": Case(32, bars=(7.0, 4.3), compiles=True),
     "train-L16-G12": Case(16, growth=12, bars=(3.0, 0.0)),
     "train-L32-16x16": Case(32, size=16, bars=(3.0, 0.0)),
     "train-L32-8x8": Case(32, size=8, bars=(3.0, 0.0)),
     "eval-L16": Case(16, batch=32, train=False, bars=(9.0, 6.5), compiles=True),
-    "eval-L32": Case(32, batch=32, train=False, bars=(7.0, 5.5)),
+    "eval-L32": Case(32, batch=32, train=False, bars=(7.0, 5.5), compiles=True),
 }
 
 

@@ -12,6 +12,9 @@
 #include <string>
 #include <tuple>
 #include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #define DNL_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
@@ -39,6 +42,19 @@ void dispatch_float(const char* op, ScalarType type, Body body) {
   if (type == ScalarType::Float) return body(float{});
   if (type == ScalarType::Double) return body(double{});
   DNL_CHECK(false, op, ": element type must be float32 or float64");
+}
+
+// The tensor, new and still unwritten, in pages of 2 MiB where the system has them on request (Linux's default): asking
+// for its memory 4 KiB at a time, and finding it again, took a tenth of a training step of dnl_block. Only advice: what
+// is smaller than a page, or refused, stays as it is.
+inline Tensor in_large_pages(Tensor t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(t.data_ptr()), bytes = t.numel() * t.element_size();
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
 }
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {

@@ -197,7 +197,7 @@ Tensor dense_conv2d_fwd(const std::vector<Tensor>& states, const Tensor& weight,
                         const std::string& activation, double scale) {
   const Problem p = prepare(states, weight, norm_scale, norm_shift, activation, scale);
   const auto bias = prepared(bias_in, p.outputs, "bias");
-  Tensor y = torch::stable::new_empty(p.weight, {p.batch, p.outputs, p.height, p.width});
+  Tensor y = in_large_pages(torch::stable::new_empty(p.weight, {p.batch, p.outputs, p.height, p.width}));
   dispatch_float("dense_conv2d", y.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     forward<T>(p, data_or_null<T>(bias), planes_of<T>(y));
@@ -216,7 +216,8 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> dense_conv2d_bwd
   const Tensor dy = with_dense_planes(dy_in);
   std::vector<Tensor> dstates;
   for (size_t s = 0; need_states && s < p.states.size(); s++)
-    dstates.push_back(torch::stable::new_empty(p.weight, {p.batch, p.states[s].size(1), p.height, p.width}));
+    dstates.push_back(
+        in_large_pages(torch::stable::new_empty(p.weight, {p.batch, p.states[s].size(1), p.height, p.width})));
   const auto empty = [&](bool wanted, std::vector<int64_t> sizes) {
     if (!wanted) sizes[0] = 0;
     return torch::stable::new_empty(p.weight, {sizes.data(), sizes.size()});

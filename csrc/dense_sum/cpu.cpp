@@ -46,7 +46,7 @@ Prepared prepare(const std::vector<Tensor>& states, const Tensor& weight, int64_
 
 Tensor dense_sum_fwd(const std::vector<Tensor>& states, const Tensor& weight, int64_t channel_dim) {
   Prepared in = prepare(states, weight, channel_dim);
-  Tensor y = torch::stable::empty_like(in.tensors[0]);
+  Tensor y = in_large_pages(torch::stable::empty_like(in.tensors[0]));
   dispatch_float("dense_sum", y.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     T* out = static_cast<T*>(y.data_ptr());
@@ -64,7 +64,7 @@ std::tuple<std::vector<Tensor>, Tensor> dense_sum_bwd(const Tensor& dy_in, const
   DNL_CHECK(same_sizes(dy_in, states[0]), "dense_sum: dy differs from the states in size");
   Tensor dy = widened(dy_in);
   std::vector<Tensor> dstates;
-  for (size_t j = 0; need_states && j < states.size(); j++) dstates.push_back(torch::stable::empty_like(dy));
+  for (size_t j = 0; need_states && j < states.size(); j++) dstates.push_back(in_large_pages(torch::stable::empty_like(dy)));
   Tensor dweight = torch::stable::new_zeros(in.weight, {need_weight ? in.params.count : 0, in.params.channels});
   dispatch_float("dense_sum", dy.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

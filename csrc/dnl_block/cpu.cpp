@@ -135,6 +135,7 @@ class Forward {
     tap_offsets(f, false, taps);
     T* in = scratch.take<T>((kBlock + s_.growth) * form.parts * length) + f.origin();
     T* out = in + kBlock * form.parts * length;
+    DNL_ISA_CALL(clear_padding<T>(tile, std::min(kBlock, s_.layer_channels(l)), in));
     const bool prologue = s_.preactivation && s_.norm;
     const Activation activation = s_.preactivation ? s_.activation : Activation::identity;
     const int64_t offset = s_.channel_offset[l], channels = s_.layer_channels(l);
@@ -262,8 +263,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dnl_block_fwd(
   DNL_CHECK(measures || !norm || (mean.has_value() && var.has_value()), "dnl_block: no statistics");
   const Tensor x0 = with_dense_planes(x0_in);
   DNL_CHECK(x0.scalar_type() == p.weight.scalar_type(), "dnl_block: element types differ");
-  Tensor states = torch::stable::new_empty(x0, {s.batch, s.channels(), s.height, s.width});
-  Tensor outputs = torch::stable::new_empty(x0, {s.batch, preactivation ? 0 : s.layers * s.growth, s.height, s.width});
+  Tensor states = in_large_pages(torch::stable::new_empty(x0, {s.batch, s.channels(), s.height, s.width}));
+  Tensor outputs = in_large_pages(
+      torch::stable::new_empty(x0, {s.batch, preactivation ? 0 : s.layers * s.growth, s.height, s.width}));
   Tensor found_mean = torch::stable::new_empty(x0, {measures ? s.statistics() : 0});
   Tensor found_var = torch::stable::new_empty(x0, {measures ? s.statistics() : 0});
   dispatch_float("dnl_block", x0.scalar_type(), [&](auto zero) {
@@ -296,12 +298,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dnl_block_bwd(
   DNL_CHECK(!norm || (p.mean.has_value() && p.var.has_value()), "dnl_block: no statistics");
   DNL_CHECK(outputs.size(1) == (preactivation ? 0 : s.layers * s.growth), "dnl_block: outputs");
   const int64_t norms = !norm ? 0 : preactivation ? s.channel_offset[s.layers] : s.layers * s.growth;
-  Tensor dx0 = torch::stable::new_empty(states, {s.batch, in_channels, s.height, s.width});
+  Tensor dx0 = in_large_pages(torch::stable::new_empty(states, {s.batch, in_channels, s.height, s.width}));
   Tensor dweight = torch::stable::new_empty(states, {p.weight.numel()});
   Tensor dbias = torch::stable::new_empty(states, {bias.has_value() ? s.layers * s.growth : 0});
   Tensor dgamma = torch::stable::new_empty(states, {norms}), dbeta = torch::stable::new_empty(states, {norms});
   // The gradients of all states, each group of images in planes of parts: the next layers convolve them as they lie.
-  Tensor gradients = torch::stable::new_empty(states, {s.tiling.groups() * s.channels() * s.gradient_size()});
+  Tensor gradients =
+      in_large_pages(torch::stable::new_empty(states, {s.tiling.groups() * s.channels() * s.gradient_size()}));
   dispatch_float("dnl_block", states.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto pointer = [](Tensor& t) { return t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr; };

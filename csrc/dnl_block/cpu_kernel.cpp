@@ -135,15 +135,14 @@ DNL_INLINE void gather_plane(const View& v, const T* x, T scale, T shift, T* to,
       activate<T, A>(u * s + h, value, slope);
       return kNarrow ? (inside ? value : Vec<T>{}) : value;
     };
-    const auto checked = [&](int64_t y) {
-      if (y < -v.above || y >= bottom) return Vec<T>{};
+    const auto row = [&](int64_t y) {
       const T* p = x + y * width + at;
       return value_of(kNarrow ? load_partial(p, int(width)) : load(p));
     };
     Vec<T> d[F::kRows + 2 * F::kReach];
     if constexpr (F::kReach) {
-      d[4] = checked(-1);
-      d[5] = checked(0);
+      d[4] = v.above > 0 ? row(-1) : Vec<T>{};
+      d[5] = row(0);
     }
     T* out = to + at;
     const auto finish = [&] {
@@ -168,16 +167,29 @@ DNL_INLINE void gather_plane(const View& v, const T* x, T scale, T shift, T* to,
       finish();
     }
     for (; g < groups; g++) {
-      for (int r = 0; r < F::kRows; r++) d[r + 2 * F::kReach] = checked(F::kRows * g + r + F::kReach);
+#pragma GCC unroll 4
+      for (int r = 0; r < F::kRows; r++) {
+        const int64_t y = F::kRows * g + r + F::kReach;
+        d[r + 2 * F::kReach] = y < bottom ? row(y) : Vec<T>{};
+      }
       finish();
     }
   }
-  if constexpr (F::kReach && !kNarrow)
-    for (int k = 0; k < F::kParts; k++)
-      for (int64_t g = 0; g < groups; g++) to[k * stride + g * pitch + width] = T(0);
 }
 
 }  // namespace
+
+template <class T>
+void clear_padding(const Tile& tile, int64_t channels, T* to) {
+  const View v(tile);
+  const FlatPlane& f = v.parts;
+  const int64_t count = channels * form_of(tile.flat.radius).parts, rows = v.images * f.rows;
+  for (int64_t plane = 0; plane < count; plane++, to += f.length()) {
+    fill_zero(to - f.origin(), f.origin());
+    for (int64_t r = 0; r < (f.radius ? rows : 0); r++) to[r * f.pitch() + v.width] = T(0);
+    fill_zero(to + f.span(), f.length() - f.origin() - f.span());
+  }
+}
 
 template <class T>
 void gather(const Tile& tile, Planes<const T> from, int64_t channels, const T* scale, const T* shift,
@@ -188,15 +200,12 @@ void gather(const Tile& tile, Planes<const T> from, int64_t channels, const T* s
   dispatch_form(tile, [&]<class F>() {
     dispatch_activation(activation, [&]<Activation A>() {
       for (int64_t c = 0; c < channels; c++, to += F::kParts * length) {
-        for (int k = 0; k < F::kParts; k++) fill_zero(to + k * length - f.origin(), f.origin());
         const T s = entry(scale, c, T(1)), h = entry(shift, c, T(0));
         for (int64_t i = 0; i < v.images; i++)
           if (v.width < kLanes<T>)
             gather_plane<T, F, A, true>(v, v.plane(from, i, c), s, h, to + i * f.image(), length);
           else
             gather_plane<T, F, A, false>(v, v.plane(from, i, c), s, h, to + i * f.image(), length);
-        for (int k = 0; k < F::kParts; k++)
-          fill_zero(to + k * length + f.span(), length - f.origin() - f.span());
       }
     });
   });
@@ -407,6 +416,7 @@ void correct(const Tile& tile, int64_t channels, const T* a, const T* b, const T
 }
 
 #define DNL_INSTANTIATE(T)                                                                                             \
+  template void clear_padding<T>(const Tile&, int64_t, T*);                                                            \
   template void gather<T>(const Tile&, Planes<const T>, int64_t, const T*, const T*, Activation, T*);                  \
   template void scatter<T>(const Tile&, Parts<const T>, int64_t, const T*, Planes<T>);                                 \
   template void pull<T>(const Tile&, Parts<const T>, int64_t, int64_t, int64_t, Planes<const T>, const T*, const T*,   \

@@ -47,7 +47,10 @@ struct Parts {
 // Tiles come with the pointers to their first image's row 0, or to the position 0 of their planes of parts.
 #define DNL_DECLARE_BLOCK(LEVEL)                                                                                      \
   namespace LEVEL {                                                                                                   \
-  /* to = B^T act(scale_c * from + shift_c), 0 outside of the image; scale == nullptr: act(from) */                   \
+  /* zeros around the images in planes of parts of so many channels, for `gather`, which leaves them as they are */   \
+  template <class T>                                                                                                  \
+  void clear_padding(const Tile&, int64_t channels, T* to);                                                           \
+  /* to = B^T act(scale_c * from + shift_c) at the pixels of the tile; scale == nullptr: act(from) */                 \
   template <class T>                                                                                                  \
   void gather(const Tile&, Planes<const T> from, int64_t channels, const T* scale, const T* shift, Activation, T* to); \
   /* to = A^T products + shift_c (nullptr: 0) at the pixels of the tile */                                            \
