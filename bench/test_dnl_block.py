@@ -1,6 +1,7 @@
 """DenseNet blocks against plain torch: training steps and evaluation, with the bars of the CPU kernels."""
 
 import copy
+import os
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +21,7 @@ class Case(NamedTuple):
     channels: int = 12
     train: bool = True
     bars: tuple[float, float] = (0.0, 0.0)  # eager / ours and compile / ours that are aimed at
-    compiles: bool = False  # compiling a step takes a minute and more
+    slow: bool = True  # torch.compile takes minutes for it
 
     def flops(self) -> int:
         """Of the forward convolutions."""
@@ -33,18 +34,19 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "train-L4-8x8": Case(4, size=8, batch=16),
-    "train-L16": Case(16, bars=(5.0, 4.0), compiles=True),
-    "train-L32": Case(32, bars=(7.0, 4.3), compiles=True),
+    "train-L4-8x8": Case(4, size=8, batch=16, slow=False),
+    "train-L16": Case(16, bars=(5.0, 4.0), slow=False),
+    "train-L32": Case(32, bars=(7.0, 4.3)),
     "train-L16-G12": Case(16, growth=12, bars=(3.0, 0.0)),
     "train-L32-16x16": Case(32, size=16, bars=(3.0, 0.0)),
     "train-L32-8x8": Case(32, size=8, bars=(3.0, 0.0)),
-    "eval-L16": Case(16, batch=32, train=False, bars=(9.0, 6.5), compiles=True),
-    "eval-L32": Case(32, batch=32, train=False, bars=(7.0, 5.5), compiles=True),
+    "eval-L16": Case(16, batch=32, train=False, bars=(9.0, 6.5), slow=False),
+    "eval-L32": Case(32, batch=32, train=False, bars=(7.0, 5.5)),
 }
 
 
-MINUTES = "compiling takes minutes"
+MINUTES = "compiling takes minutes (DNL_BENCH_SLOW=1 does it)"
+SLOW = os.environ.get("DNL_BENCH_SLOW") == "1"
 
 
 def twins(case: Case) -> tuple[DNLBlock, PlainDenseBlock]:
@@ -77,7 +79,8 @@ def test_dnl_block(record, name):
     exact_x = x.detach().double().requires_grad_()
     ways = {"ours": in_order(ours, x, case.train), "eager": in_order(plain, x, case.train)}
     twin = copy.deepcopy(plain)  # a compiled graph keeps running statistics, which another way must not change
-    ways["compile"] = compiled(in_order(twin, x, case.train), lambda: twin(x)) if case.compiles else MINUTES
+    wanted = SLOW or not case.slow
+    ways["compile"] = compiled(in_order(twin, x, case.train), lambda: twin(x)) if wanted else MINUTES
     exact = in_order(copy.deepcopy(plain).double(), exact_x, case.train)
     bars = {peer: bar for peer, bar in zip(("eager", "compile"), case.bars, strict=True) if bar}
     record(comparison.Case("dnl_block", name, ways, exact, flops=case.flops(), bytes=case.bytes(), train=case.train,
