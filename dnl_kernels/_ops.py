@@ -203,6 +203,10 @@ _DENSE_BWD = (
 
 SCHEMAS: dict[str, Schema] = {
     "dense_sum_fwd": Schema("(Tensor[] states, Tensor weight, int channel_dim) -> Tensor", _dense_sum_fwd),
+    # CPU: sums_t (+)= sum_j w_{t,j} x_j in the dtype of accumulation, each state read once for all sums
+    "dense_sum_add": Schema(
+        "(Tensor(a!)[] sums, Tensor[] states, Tensor weight, bool accumulate, int channel_dim) -> ()", lambda *_: None
+    ),
     "dense_sum_bwd": Schema(
         "(Tensor dy, Tensor[] states, Tensor weight, int channel_dim, bool need_states, bool need_weight)"
         " -> (Tensor[], Tensor)",

@@ -1,4 +1,6 @@
 // dense_sum on the CPU: checks -> params -> parallel loops. Meaning: dnl_kernels/ops/dense_sum/reference.py.
+#include <algorithm>
+
 #include "common/torch.h"
 #include "dense_sum/params.h"
 
@@ -16,7 +18,8 @@ struct Prepared {
   DenseSumParams params;
 };
 
-Prepared prepare(const std::vector<Tensor>& states, const Tensor& weight, int64_t channel_dim) {
+// several: the weight has one more dimension in front, the sums.
+Prepared prepare(const std::vector<Tensor>& states, const Tensor& weight, int64_t channel_dim, bool several = false) {
   DNL_CHECK(!states.empty(), "dense_sum: states is empty");
   const Tensor& first = states[0];
   Prepared r{{}, {}, widened(weight), {}};
@@ -32,7 +35,7 @@ Prepared prepare(const std::vector<Tensor>& states, const Tensor& weight, int64_
   p.weight = r.weight.data_ptr();
   p.count = count;
   p.outer = p.inner = p.channels = 1;
-  if (weight.dim() == 2) {
+  if (weight.dim() == 2 + several) {
     DNL_CHECK(channel_dim >= 0 && channel_dim < first.dim(), "dense_sum: channel_dim out of range");
     for (int64_t d = 0; d < channel_dim; d++) p.outer *= first.size(d);
     for (int64_t d = channel_dim + 1; d < first.dim(); d++) p.inner *= first.size(d);
@@ -40,21 +43,42 @@ Prepared prepare(const std::vector<Tensor>& states, const Tensor& weight, int64_
   } else {
     p.inner = first.numel();
   }
-  DNL_CHECK(weight.numel() == count * p.channels, "dense_sum: weight has the wrong number of elements");
+  DNL_CHECK(weight.numel() == (several ? weight.size(0) : 1) * count * p.channels, "dense_sum: weight has the wrong number of elements");
   return r;
 }
 
-Tensor dense_sum_fwd(const std::vector<Tensor>& states, const Tensor& weight, int64_t channel_dim) {
-  Prepared in = prepare(states, weight, channel_dim);
-  Tensor y = in_large_pages(torch::stable::empty_like(in.tensors[0]));
-  dispatch_float("dense_sum", y.scalar_type(), [&](auto zero) {
+void add(const Prepared& in, const std::vector<Tensor>& sums, bool accumulate) {
+  dispatch_float("dense_sum", sums[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    T* out = static_cast<T*>(y.data_ptr());
-    parallel_for(0, y.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      DNL_ISA_CALL(dense_sum_fwd<T>(in.params, out, begin, end));
-    });
+    const int64_t targets = sums.size();
+    DenseSumParams p = in.params;
+    std::vector<T*> out;
+    for (const Tensor& t : sums) out.push_back(static_cast<T*>(t.data_ptr()));
+    for (int64_t first = 0; first < targets; first += kDenseSumTargets) {
+      const int64_t n = std::min(kDenseSumTargets, targets - first);
+      p.weight = static_cast<const T*>(in.params.weight) + first * p.count * p.channels;
+      parallel_for(0, sums[0].numel(), kGrain, [&](int64_t begin, int64_t end) {
+        DNL_ISA_CALL(dense_sum_add<T>(p, out.data() + first, n, accumulate, begin, end));
+      });
+    }
   });
+}
+
+Tensor dense_sum_fwd(const std::vector<Tensor>& states, const Tensor& weight, int64_t channel_dim) {
+  const Prepared in = prepare(states, weight, channel_dim);
+  Tensor y = in_large_pages(torch::stable::empty_like(in.tensors[0]));
+  add(in, {y}, false);
   return narrowed(y, states[0].scalar_type());
+}
+
+void dense_sum_add(const std::vector<Tensor>& sums, const std::vector<Tensor>& states, const Tensor& weight,
+                   bool accumulate, int64_t channel_dim) {
+  const Prepared in = prepare(states, weight, channel_dim, true);
+  DNL_CHECK(weight.dim() > 1 && static_cast<int64_t>(sums.size()) == weight.size(0), "dense_sum: a sum for each row");
+  for (const Tensor& t : sums)
+    DNL_CHECK(same_sizes(t, states[0]) && t.is_contiguous() && t.scalar_type() == in.weight.scalar_type(),
+              "dense_sum: sums are contiguous and as wide as they accumulate");
+  if (!sums.empty()) add(in, sums, accumulate);
 }
 
 std::tuple<std::vector<Tensor>, Tensor> dense_sum_bwd(const Tensor& dy_in, const std::vector<Tensor>& states,
@@ -104,5 +128,6 @@ std::tuple<std::vector<Tensor>, Tensor> dense_sum_bwd(const Tensor& dy_in, const
 
 STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
   m.impl("dense_sum_fwd", TORCH_BOX(&dnl::dense_sum_fwd));
+  m.impl("dense_sum_add", TORCH_BOX(&dnl::dense_sum_add));
   m.impl("dense_sum_bwd", TORCH_BOX(&dnl::dense_sum_bwd));
 }

@@ -3,7 +3,8 @@
 A history of states is a chain of autograd nodes x_0 <- x_1 <- .. <- x_l (`_Enter`), and a sum y_l hangs on its newest
 link (`_Read`). A backward pass therefore meets every later sum before it meets state j, and the node of state j takes
 its whole gradient in one read, dx_j = sum_{l >= j} w_{l,j} dy_l. The first link (`_Weights`) comes last; by then all
-x_j and dy_l are known, and dw_{l,j} = <dy_l, x_j> is one product of matrices.
+x_j and dy_l are known, and dw_{l,j} = <dy_l, x_j> is one product of matrices. On the CPU both directions read every
+tensor once for several sums (lookahead.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .._backend import check_backend
 from .._checks import check_tensor, fail, shape
 from ..ops.dense_sum.api import dense_sum
+from . import lookahead
 
 OP = "DenseSum"
 TILE = 1 << 14  # elements of a state in one step of the weight gradient's product: all states' tiles fit in cache
@@ -28,6 +30,7 @@ class _Pass:
     def __init__(self) -> None:
         self.dy: dict[int, Tensor] = {}
         self.x: dict[int, Tensor] = {}
+        self.ahead = lookahead.Lookahead(-1)
 
 
 class _Passes:
@@ -54,6 +57,10 @@ class Pattern(NamedTuple):
 
     def sees(self, call: int, state: int) -> bool:
         return state <= call and call % self.period == 0 and (call - state) % self.dilation == 0
+
+    def looks_ahead(self, x: Tensor) -> bool:
+        """With gaps between the states that a call sees, those of the next call are others."""
+        return self.dilation == self.period == 1 and lookahead.applies(x, self.backend)
 
     def sum(self, tensors: Sequence[Tensor], weight: Tensor) -> Tensor:
         return dense_sum(tensors, weight.to(tensors[0].dtype), channel_dim=self.channel_dim, backend=self.backend)
@@ -90,7 +97,13 @@ class _Enter(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             calls = sorted(call for call in found.dy if ctx.pattern.sees(call, j))
-            dx = ctx.pattern.sum([found.dy[call] for call in calls], weight[calls, j]) if calls else None
+            if calls and ctx.pattern.looks_ahead(x):
+                dx = found.ahead.sum(
+                    j, {call: found.dy[call] for call in calls}, weight,
+                    lambda states, calls: weight[calls][:, states].transpose(0, 1), 0, ctx.pattern.channel_dim,
+                )  # fmt: skip
+            elif calls:
+                dx = ctx.pattern.sum([found.dy[call] for call in calls], weight[calls, j])
         return dx, None, dlink, None, None, None
 
 
@@ -146,6 +159,7 @@ class History:
         self._mix = mix
         self._passes = _Passes()
         self._link: Tensor | None = None
+        self._ahead = lookahead.Lookahead(1)
 
     def __len__(self) -> int:
         return len(self.states)
@@ -176,10 +190,20 @@ class History:
         call, mix = len(self) - 1, self._mix
         idle = call % mix.pattern.period  # returns the state itself, whose gradient takes the ordinary way
         if idle or self._link is None or not self._link.requires_grad or not _chained():
-            return mix.plain(self.states)
+            return self._sum()
         with torch.no_grad():
-            y = mix.plain(self.states)
+            y = self._sum()
         return _Read.apply(y, self._link, self._passes, call)
+
+    def _sum(self) -> Tensor:
+        mix = self._mix
+        if not mix.pattern.looks_ahead(self.states[0]) or len({x.dtype for x in self.states}) > 1:
+            return mix.plain(self.states)
+        weight, call = mix.weight, len(self) - 1
+        return self._ahead.sum(
+            call, dict(enumerate(self.states)), weight, lambda calls, states: weight[calls][:, states],
+            mix.num_layers - 1, mix.pattern.channel_dim,
+        )  # fmt: skip
 
 
 def _chained() -> bool:

@@ -43,6 +43,33 @@ def test_strided_states(dtype):
     check(weight, [wide[0, :, ::2], wide[1].transpose(1, 2)[:, :, :6].transpose(1, 2), wide[2, :, 6:].flip(1)], 1)
 
 
+@pytest.mark.parametrize("targets", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("shape, channel_dim", [((3, 5, 7), None), ((3, 5, 7), 1), ((2, 1031), -1), ((9, 3), -1),
+                                                ((2, 3, 600), 1), ((1, 1), 1), ((0, 4), 1)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("count", [1, 8, 11])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_several_sums_in_one_pass(isa, targets, shape, channel_dim, count, dtype):
+    states = [torch.randn(shape, dtype=dtype) for _ in range(count)]
+    rows = (targets, count) if channel_dim is None else (targets, count, shape[channel_dim])
+    weight, dim = torch.randn(rows, dtype=dtype), 0 if channel_dim is None else channel_dim % len(shape)
+    sums = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(targets)]
+    one = [dnl.dense_sum([x.double() for x in states], w.double(), channel_dim=dim, backend="reference")
+           for w in weight]  # fmt: skip
+    bound = 4 * count * torch.finfo(dtype).eps * (1 + max((y.abs().max().item() for y in one if y.numel()), default=0))
+    for accumulate in (False, True):
+        torch.ops.dnl.dense_sum_add(sums, states, weight, accumulate, dim)
+        for found, y in zip(sums, one, strict=True):
+            assert ((found.double() - (1 + accumulate) * y).abs() <= bound).all()
+
+
+def test_sums_that_do_not_fit_are_refused():
+    states, weight = [torch.randn(4)], torch.randn(2, 1)
+    for sums in ([torch.empty(4)], [torch.empty(5)] * 2, [torch.empty(4, dtype=torch.float64)] * 2,
+                 [torch.empty(8)[::2]] * 2):  # fmt: skip
+        with pytest.raises(RuntimeError, match="dense_sum"):
+            torch.ops.dnl.dense_sum_add(sums, states, weight, False, 0)
+
+
 def test_a_state_given_twice_gets_both_gradients():
     x = torch.randn(4, dtype=torch.float64, requires_grad=True)
     y = dnl.dense_sum([x, x], torch.tensor([2.0, 3.0], dtype=torch.float64), backend="cpu")
