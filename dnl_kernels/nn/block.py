@@ -251,16 +251,18 @@ class DNLBlock(nn.Module):
             return
         inner = iter(zip(found.inner_mean, found.inner_var, strict=True))
         output = iter(zip(found.output_mean, found.output_var, strict=True))
+        shared: Any = (found.states_mean, found.states_var)
+        updates = []
         for index, layer in enumerate(self._layers()):
             if layer.inner_norm is not None:
-                _update(layer.inner_norm, *next(inner), found.elements)
+                updates.append((layer.inner_norm, *next(inner)))
             if layer.norm is not None and self.config.preactivation:
                 spans = self.config.spans(index)
-                shared: Any = (found.states_mean, found.states_var)
-                mean, var = (torch.cat([v[a:b] for a, b in spans]) for v in shared)
-                _update(layer.norm, mean, var, found.elements)
+                parts = [[v[a:b] for a, b in spans] for v in shared]
+                updates.append((layer.norm, *(p[0] if len(p) == 1 else torch.cat(p) for p in parts)))
             elif layer.norm is not None:
-                _update(layer.norm, *next(output), found.elements)
+                updates.append((layer.norm, *next(output)))
+        _update(updates, found.elements)
 
     @classmethod
     def from_torchvision(cls, block: nn.Module, *, backend: str | None = None) -> DNLBlock:
@@ -270,16 +272,29 @@ class DNLBlock(nn.Module):
         return convert_dense_block(block, backend=backend)
 
 
-def _update(norm, mean: Tensor, var: Tensor, elements: int) -> None:
-    """The running statistics of a normalisation, in place and as nn.BatchNorm2d: unbiased variance, momentum=None for
-    the cumulative mean."""
-    if not norm.training or not norm.track_running_stats:
+def _update(found: list[tuple[Any, Tensor, Tensor]], elements: int) -> None:
+    """The running statistics of (normalisation, mean, biased variance), in place and as nn.BatchNorm2d: unbiased
+    variance, momentum=None for the cumulative mean. Few calls for all of them: there may be a hundred."""
+    found = [update for update in found if update[0].training and update[0].track_running_stats]
+    if not found:
         return
-    norm.num_batches_tracked.add_(1)
-    factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.double()
-    unbiased = var * (elements / max(elements - 1, 1))
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        running.add_((batch - running) * factor)
+    norms = [norm for norm, _, _ in found]
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    running = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
+    unbiased = torch._foreach_mul([var for _, _, var in found], elements / max(elements - 1, 1))
+    batch = [t for (_, mean, _), var in zip(found, unbiased, strict=True) for t in (mean, var)]
+    momenta = [norm.momentum for norm in norms]
+    if (
+        momenta[0] is not None
+        and set(momenta) == {momenta[0]}
+        and {t.dtype for t in running} == {t.dtype for t in batch}
+    ):
+        torch._foreach_lerp_(running, batch, momenta[0])
+        return
+    for i, norm in enumerate(norms):
+        factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.double()
+        for at in (2 * i, 2 * i + 1):
+            running[at].add_((batch[at] - running[at]) * factor)
 
 
 def _step(tau: float | str, num_layers: int) -> float:
