@@ -173,6 +173,43 @@ def _dnl_bottleneck_bwd(
     )
 
 
+def _dnl_nonlocal_block_fwd(
+    x0, tensors, keep, connectivity, growth_rate, affine, kernel, heads, norm, training, preactivation, *_
+):  # fmt: skip
+    layers, tokens = _layers(connectivity), affine == "linear"
+    size = len(tensors) // layers
+    in_channels, batch = x0.shape[-1 if tokens else 1], x0.shape[0]
+    channels = in_channels + layers * growth_rate
+    numbers = x0.shape[1] if tokens else x0.shape[2] * x0.shape[3]
+
+    def buffer(features: int) -> Tensor:
+        shape = (batch, numbers, features) if tokens else (batch, features, *x0.shape[2:])
+        return x0.new_empty(shape)
+
+    measured = (channels,) if preactivation else (layers, growth_rate)
+    mean = x0.new_empty(measured if norm and training else 0, dtype=_accumulation_dtype(x0))
+    kept: list[Tensor] = []
+    for layer in range(layers if keep else 0):
+        value = tensors[layer * size + _NONLOCAL_VALUE]
+        width = value.shape[0] // heads
+        kept += [
+            buffer(growth_rate),
+            x0.new_empty((batch, heads, numbers, width) if tokens else (batch, heads, width, numbers)),
+        ]
+        if kernel != "dot":
+            kept += [x0.new_empty((batch, heads, numbers), dtype=_accumulation_dtype(x0)) for _ in range(2)]
+    return buffer(channels), mean, torch.empty_like(mean), kept
+
+
+def _dnl_nonlocal_block_bwd(dstates, states, mean, var, kept, tensors, connectivity, growth_rate, affine, *_):
+    layers, tokens = _layers(connectivity), affine == "linear"
+    size = len(tensors) // layers
+    shape = list(states.shape)
+    shape[-1 if tokens else 1] -= layers * growth_rate
+    trainable = [t for i, t in enumerate(tensors) if i % size not in (4, 5)]  # all but statistics
+    return states.new_empty(shape), [states.new_empty(0) if t is None else t.new_empty(t.shape) for t in trainable]
+
+
 def _layers(triangle: list[int]) -> int:
     layers = 0
     while layers * (layers + 1) // 2 < len(triangle):
@@ -183,6 +220,12 @@ def _layers(triangle: list[int]) -> int:
 _BOTTLENECK_TAIL = (
     "Tensor?[] tensors,{} int[] connectivity, int growth_rate, int bottleneck, bool norm, bool training,"
     " str activation, float tau, float eps)"
+)
+_NONLOCAL = "ops.dnl_block.non_local"
+_NONLOCAL_VALUE = 10  # where value_weight stands among the tensors of a layer
+_NONLOCAL_TAIL = (
+    "Tensor?[] tensors,{} int[] connectivity, int growth_rate, str affine, str kernel, int heads, bool norm,"
+    " bool training, bool preactivation, bool input_skip, bool residual, str activation, float tau, float eps)"
 )
 _BOTTLENECK = "ops.dnl_block.bottleneck"
 
@@ -218,6 +261,14 @@ SCHEMAS: dict[str, Schema] = {
     # CUDA: also the sums of y and of y^2 over the pixels, [2, D] in float32
     "dense_conv2d_moments_fwd": Schema(f"{_DENSE_FWD} -> (Tensor, Tensor)", _dense_conv2d_moments_fwd),
     "dense_conv2d_bwd": Schema(_DENSE_BWD, _dense_bwd),
+    # CPU: the gradients of the states are added to `total`. Never seen by autograd or torch.compile.
+    "dense_conv2d_pull": Schema(
+        "(Tensor dy, Tensor[] states, Tensor weight, Tensor? norm_scale, Tensor? norm_shift, str activation,"
+        " float scale, Tensor(a!)[] total) -> (Tensor, Tensor, Tensor, Tensor)",
+        lambda dy, states, weight, *_: (
+            weight.new_empty(weight.shape), *(weight.new_empty(weight.shape[i]) for i in (0, 1, 1))
+        ),
+    ),
     "nonlocal_attention_fwd": Schema(
         "(Tensor query, Tensor key, Tensor value, Tensor? bandwidth, Tensor? key_mask, float scale, bool normalize,"
         " bool causal, bool channels_first) -> (Tensor, Tensor, Tensor)",
@@ -250,7 +301,18 @@ SCHEMAS: dict[str, Schema] = {
         _dnl_bottleneck_bwd,
         _BOTTLENECK,
     ),
-    # The passes over memory that the two above are made of; they are never seen by autograd or torch.compile.
+    "dnl_nonlocal_block_fwd": Schema(
+        f"(Tensor x0, {_NONLOCAL_TAIL.format(' bool keep,')} -> (Tensor, Tensor, Tensor, Tensor[])",
+        _dnl_nonlocal_block_fwd,
+        _NONLOCAL,
+    ),
+    "dnl_nonlocal_block_bwd": Schema(
+        "(Tensor dstates, Tensor states, Tensor mean, Tensor var, Tensor[] kept,"
+        f" {_NONLOCAL_TAIL.format('')} -> (Tensor, Tensor[])",
+        _dnl_nonlocal_block_bwd,
+        _NONLOCAL,
+    ),
+    # The passes over memory that the blocks above are made of; they are never seen by autograd or torch.compile.
     "dnl_bottleneck_moments": Schema(
         "(Tensor x) -> (Tensor, Tensor)", lambda x: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1]))
     ),

@@ -128,6 +128,9 @@ struct Ahead {
   /* to = from + shift_c (nullptr: 0) for the pixels of the tile; planes of `from` are `from_stride` apart */        \
   template <class T>                                                                                                \
   void store_planes(const Tile&, const T* from, int64_t from_stride, int64_t channels, const T* shift, Planes<T> to); \
+  /* to += from for the pixels of the tile */                                                                       \
+  template <class T>                                                                                                \
+  void add_planes(const Tile&, const T* from, int64_t from_stride, int64_t channels, Planes<T> to);                 \
   /* g = dvalue * act'(scale * u + shift) for n numbers: total (+)= scale * g; sums += sum g, sum g * (u - centre) */    \
   template <class T>                                                                                                \
   void activate_back_run(const T* dvalue, const T* u, int64_t n, T scale, T shift, T centre, Activation,            \

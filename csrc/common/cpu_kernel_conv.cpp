@@ -302,6 +302,22 @@ void store_planes(const Tile& tile, const T* from, int64_t from_stride, int64_t 
 }
 
 template <class T>
+void add_planes(const Tile& tile, const T* from, int64_t from_stride, int64_t channels, Planes<T> to) {
+  const FlatPlane& f = tile.flat;
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t i = 0; i < f.images; i++) {
+      const T* pixels = from + c * from_stride + i * f.image();
+      T* out = to.data + i * to.image_stride + c * to.channel_stride + tile.row * f.width;
+      for (int64_t y = 0; y < f.rows; y++, pixels += f.pitch(), out += f.width) {
+        int64_t x = 0;
+        for (; x + lanes <= f.width; x += lanes) store(out + x, load(out + x) + load(pixels + x));
+        for (; x < f.width; x++) out[x] += pixels[x];
+      }
+    }
+}
+
+template <class T>
 void activate_back_run(const T* dvalue, const T* u, int64_t n, T scale, T shift, T centre, Activation activation,
                        bool accumulate, T* total, double* sums) {
   const Vec<T> s = broadcast(scale), h = broadcast(shift), m = broadcast(centre);
@@ -362,6 +378,7 @@ void moments(const T* x, int64_t n, double* mean, double* deviations) {
   template void weight_gradient<T>(const FlatPlane&, const T*, int64_t, int64_t, const int64_t*, int64_t, const T*,     \
                                    int64_t, int64_t, T*, int64_t);                                                              \
   template void store_planes<T>(const Tile&, const T*, int64_t, int64_t, const T*, Planes<T>);                         \
+  template void add_planes<T>(const Tile&, const T*, int64_t, int64_t, Planes<T>);                                     \
   template void activate_back_run<T>(const T*, const T*, int64_t, T, T, T, Activation, bool, T*, double*);             \
   template void correct_run<T>(const T*, int64_t, T, T, T, T*);                                                        \
   template void moments<T>(const T*, int64_t, double*, double*);

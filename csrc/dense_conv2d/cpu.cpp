@@ -100,6 +100,7 @@ template <class T>
 struct Gradients {
   std::vector<Planes<T>> states;
   T *weight, *bias, *norm_scale, *norm_shift;
+  bool accumulate = false;  // the states' gradients are added to what is there
 };
 
 template <class T>
@@ -161,9 +162,14 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
               sum[2 * (at_channel + k)] += moment[k];
               sum[2 * (at_channel + k) + 1] += moment[kConvGroup + k];
             }
-            if (!g.states.empty())
-              DNL_ISA_CALL(store_planes<T>(tile, total, f.length(), n, static_cast<const T*>(nullptr),
-                                           at(g.states[s], tile.image, c)));
+            if (!g.states.empty()) {
+              const Planes<T> to = at(g.states[s], tile.image, c);
+              if (g.accumulate) {
+                DNL_ISA_CALL(add_planes<T>(tile, total, f.length(), n, to));
+              } else {
+                DNL_ISA_CALL(store_planes<T>(tile, total, f.length(), n, static_cast<const T*>(nullptr), to));
+              }
+            }
           }
           if (g.weight)
             for_each_group(p.outputs, [&](int64_t o, int64_t outputs) {
@@ -241,10 +247,39 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> dense_conv2d_bwd
   return {dstates, narrowed(dweight, type), narrowed(dbias, type), narrowed(dscale, type), narrowed(dshift, type)};
 }
 
+// The same, where the gradients of the states are added to `total`: of a block's buffer, which several layers read.
+std::tuple<Tensor, Tensor, Tensor, Tensor> dense_conv2d_pull(
+    const Tensor& dy_in, const std::vector<Tensor>& states, const Tensor& weight,
+    const std::optional<Tensor>& norm_scale, const std::optional<Tensor>& norm_shift, const std::string& activation,
+    double scale, const std::vector<Tensor>& total) {
+  const Problem p = prepare(states, weight, norm_scale, norm_shift, activation, scale);
+  const Tensor dy = with_dense_planes(dy_in);
+  DNL_CHECK(dy.dim() == 4 && dy.size(0) == p.batch && dy.size(1) == p.outputs && dy.size(2) == p.height &&
+                dy.size(3) == p.width && dy.scalar_type() == p.weight.scalar_type(),
+            "dense_conv2d: dy has the wrong shape or type");
+  DNL_CHECK(total.size() == p.states.size(), "dense_conv2d: as many gradients as states");
+  for (size_t s = 0; s < total.size(); s++)
+    DNL_CHECK(same_sizes(total[s], p.states[s]) && total[s].scalar_type() == p.weight.scalar_type() &&
+                  (p.width <= 1 || total[s].stride(3) == 1) && (p.height <= 1 || total[s].stride(2) == p.width),
+              "dense_conv2d: a gradient differs from its state");
+  const auto empty = [&](std::vector<int64_t> sizes) { return torch::stable::new_empty(p.weight, sizes); };
+  Tensor dweight = empty({p.outputs, p.channels, p.size, p.size}), dbias = empty({p.outputs});
+  Tensor dscale = empty({p.channels}), dshift = empty({p.channels});
+  dispatch_float("dense_conv2d", p.weight.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto pointer = [](Tensor& t) { return static_cast<T*>(t.data_ptr()); };
+    Gradients<T> g{{}, pointer(dweight), pointer(dbias), pointer(dscale), pointer(dshift), true};
+    for (const Tensor& t : total) g.states.push_back(planes_of<T>(t));
+    backward<T>(p, planes_of<const T>(dy), g);
+  });
+  return {dweight, dbias, dscale, dshift};
+}
+
 }  // namespace
 }  // namespace dnl
 
 STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
   m.impl("dense_conv2d_fwd", TORCH_BOX(&dnl::dense_conv2d_fwd));
   m.impl("dense_conv2d_bwd", TORCH_BOX(&dnl::dense_conv2d_bwd));
+  m.impl("dense_conv2d_pull", TORCH_BOX(&dnl::dense_conv2d_pull));
 }

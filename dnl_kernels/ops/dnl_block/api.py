@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import _backend
 from ..._autograd import autocast, outside_autocast
 from ..._checks import ACTIVATIONS, KERNELS, check_choice, check_positive, check_shape, check_tensor, fail, shape
-from . import bottleneck, composition, fused, reference, resident
+from . import bottleneck, composition, fused, non_local, reference, resident
 from .config import AFFINES, NORMS, BlockConfig, LayerParameters, Statistics
 
 OP = "dnl_block"
@@ -70,6 +70,8 @@ def dnl_block_with_statistics(
             return fused.dnl_block(x0, parameters, config, chosen)
         if bottleneck.limit(x0, parameters, config, backend) is None:
             return bottleneck.dnl_block(x0, parameters, config)
+        if non_local.limit(x0, parameters, config, backend) is None:
+            return non_local.dnl_block(x0, parameters, config)
         return composition.dnl_block(x0, parameters, config, backend)
 
 

@@ -9,7 +9,7 @@ Kept for backward: the states, and what each layer's 1x1 convolution made (b * G
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ... import _backend
 from ..._autograd import differentiable
 from . import reference
 from .config import BlockConfig, LayerParameters, Statistics
-from .statistics import gather
+from .prefix import Corrections, Norm, Prefix, wide_dtype
 
 NAMES = (
     "affine_weight", "affine_bias", "norm_weight", "norm_bias", "norm_mean", "norm_var",
@@ -102,17 +102,7 @@ def _layers(tensors: Sequence[Tensor | None], count: int) -> list[Any]:
     return [LayerParameters(**dict(zip(NAMES, row, strict=True))) for row in rows]
 
 
-class _Norm(NamedTuple):
-    """act(scale * x + shift), and what its gradient needs: gamma, the mean and 1 / sqrt(var + eps)."""
-
-    scale: Tensor
-    shift: Tensor
-    mean: Tensor
-    rate: Tensor
-    gamma: Tensor
-
-
-class _Run:
+class _Run(Prefix):
     """One pass over the block: the buffers, and the steps that both directions share, in float32 at least.
 
     A layer's product takes one image at a time where its rows are long enough, [B, C, H * W], and all images as one
@@ -120,7 +110,7 @@ class _Run:
     """
 
     def __init__(self, config: BlockConfig, states: Tensor, inner: Tensor, layers: Sequence[Any]):
-        self.config, self.states, self.layers = config, states, layers
+        super().__init__(config, states, layers)
         self.batch, _, self.height, self.width = states.shape
         self.pixels = self.height * self.width
         self.wide = config.growth_rate * (config.bottleneck or 1)
@@ -128,11 +118,8 @@ class _Run:
         self.columns = self.pixels if self.single else self.batch * self.pixels
         matrix = (self.batch, self.wide, self.columns) if self.single else (self.wide, self.columns)
         self.inner = inner.view(len(inner), *matrix)
-        self.spans = [config.spans(layer) for layer in range(config.num_layers)]
         widest = max(map(config.layer_channels, range(config.num_layers)))
         self.buffer = states.new_empty(widest * self.columns)
-        self.zero, self.one = states.new_zeros(1), states.new_ones(1)
-        self.ops: Any = torch.ops.dnl
 
     def planes(self, rows: Tensor) -> Tensor:
         """A matrix or a batch of them as [B, C, H, W], in place."""
@@ -157,7 +144,7 @@ class _Run:
             yield slice(start, end), slice(at, at + end - start)
             at += end - start
 
-    def load(self, layer: int, images: slice, norm: _Norm, z: Tensor) -> None:
+    def load(self, layer: int, images: slice, norm: Norm, z: Tensor) -> None:
         """z = act(norm(the states that the layer reads))"""
         for channels, rows in self.parts(layer):
             self.ops.dnl_bottleneck_activate(
@@ -169,20 +156,20 @@ class _Run:
         """y of a layer's 1x1 convolution; one buffer serves all layers where nothing is kept."""
         return self.inner[min(layer, len(self.inner) - 1)]
 
-    def activated(self, layer: int, norm: _Norm) -> Tensor:
+    def activated(self, layer: int, norm: Norm) -> Tensor:
         z = self.states.new_empty(self.batch, self.wide, self.height, self.width)
         y = self.planes(self.output(layer))
         self.ops.dnl_bottleneck_activate(y, norm.scale, norm.shift, self.config.activation, z)
         return z
 
-    def convolve(self, layer: int, norm: _Norm) -> Tensor:
+    def convolve(self, layer: int, norm: Norm) -> Tensor:
         """The 3x3 convolution of act(norm(y)): by dense_conv2d, which activates on the way, where maps are large."""
         weight, y = self.layers[layer].inner_weight.to(self.states.dtype), self.planes(self.output(layer))
         if not self.single:
             return torch.conv2d(self.activated(layer, norm), weight, padding=1)
         return self.ops.dense_conv2d_fwd([y], weight, None, norm.scale, norm.shift, self.config.activation, 1.0)
 
-    def convolve_back(self, layer: int, norm: _Norm, dout: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def convolve_back(self, layer: int, norm: Norm, dout: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dy through that convolution and the scale of the norm, as a matrix (in `dy`, or another one); the filters'
         gradient; sum g and sum g * (y - mean), g the gradient of the norm's result."""
         weight, y = self.layers[layer].inner_weight.to(self.states.dtype), self.planes(self.output(layer))
@@ -201,16 +188,7 @@ class _Run:
         )
         return dy, dweight, plain, moment
 
-    def norm(self, layer: int, mean: Tensor, rate: Tensor) -> _Norm:
-        """That of the states which the layer reads; mean and rate: of the batch, where the block measures them."""
-        p, spans = self.layers[layer], self.spans[layer]
-        if self.config.training:
-            mean, rate = gather(mean, spans), gather(rate, spans)
-        else:
-            mean, rate = self.given(p.norm_mean, p.norm_var)
-        return self.normalisation(self.config.layer_channels(layer), p.norm_weight, p.norm_bias, mean, rate)
-
-    def inner_norm(self, layer: int, mean: Tensor, rate: Tensor) -> _Norm:
+    def inner_norm(self, layer: int, mean: Tensor, rate: Tensor) -> Norm:
         p = self.layers[layer]
         if self.config.training:
             mean, rate = mean[layer], rate[layer]
@@ -218,37 +196,12 @@ class _Run:
             mean, rate = self.given(p.inner_norm_mean, p.inner_norm_var)
         return self.normalisation(self.wide, p.inner_norm_weight, p.inner_norm_bias, mean, rate)
 
-    def given(self, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
-        if mean is None or var is None:
-            return self.zero, self.one
-        return mean.to(self.states.dtype).contiguous(), self.rate(var.to(self.states.dtype))
-
-    def rate(self, var: Tensor) -> Tensor:
-        return torch.rsqrt(var + self.config.eps)
-
-    def normalisation(self, width: int, weight, bias, mean: Tensor, rate: Tensor) -> _Norm:
-        dtype = self.states.dtype
-        if self.config.norm is None:
-            one, zero = self.one.repeat(width), self.zero.repeat(width)
-            return _Norm(one, zero, zero, one, one)
-        scale = rate if weight is None else weight.to(dtype) * rate
-        shift = torch.addcmul(self.zero if bias is None else bias.to(dtype), mean, scale, value=-1)
-        return _Norm(scale, shift, mean, rate, self.one if weight is None else weight.to(dtype))
-
-    def slot(self, layer: int) -> slice:
-        start = self.config.in_channels + layer * self.config.growth_rate
-        return slice(start, start + self.config.growth_rate)
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
 
 @torch.no_grad()  # an exported program calls it with parameters that require gradients
 def dnl_bottleneck_fwd(x0, tensors, keep, *static):
     """The states, y of every layer [L or 0, b * G * B * H * W], and statistics where the block measures them."""
     config = _config(x0.shape[1], *static)
-    dtype, measures = _dtype(x0), config.norm is not None and config.training
+    dtype, measures = wide_dtype(x0), config.norm is not None and config.training
     batch, width, height, columns = x0.shape
     count, growth = config.num_layers, config.growth_rate
     states = x0.new_empty((batch, width + count * growth, height, columns), dtype=dtype)
@@ -260,12 +213,7 @@ def dnl_bottleneck_fwd(x0, tensors, keep, *static):
     mean, var, rate = (states.new_empty(states.shape[1] if measures else 0) for _ in range(3))
     inner_mean, inner_var, inner_rate = (states.new_empty(count if measures else 0, wide) for _ in range(3))
 
-    def measure(x: Tensor, at: Any, found: tuple[Tensor, Tensor, Tensor]) -> None:
-        if measures:
-            average, variance = run.ops.dnl_bottleneck_moments(x)
-            found[0][at], found[1][at], found[2][at] = average, variance, run.rate(variance)
-
-    measure(states[:, :width], slice(0, width), (mean, var, rate))
+    run.measure(states[:, :width], slice(0, width), (mean, var, rate))
     for layer, p in enumerate(layers):
         norm, y = run.norm(layer, mean, rate), run.output(layer)
         weight = p.affine_weight.to(dtype).flatten(1)
@@ -275,9 +223,9 @@ def dnl_bottleneck_fwd(x0, tensors, keep, *static):
             torch.mm(weight, z, out=y[at])
         if p.affine_bias is not None:
             y += p.affine_bias.to(dtype)[:, None]
-        measure(run.planes(y), layer, (inner_mean, inner_var, inner_rate))
+        run.measure(run.planes(y), layer, (inner_mean, inner_var, inner_rate))
         states[:, run.slot(layer)] = run.convolve(layer, run.inner_norm(layer, inner_mean, inner_rate))
-        measure(states[:, run.slot(layer)], run.slot(layer), (mean, var, rate))
+        run.measure(states[:, run.slot(layer)], run.slot(layer), (mean, var, rate))
     kept = inner if keep else inner[:0]
     return states.to(x0.dtype), kept.to(x0.dtype), mean, var, inner_mean, inner_var
 
@@ -288,32 +236,23 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
     count, growth = len(tensors) // len(NAMES), static[1]
     width = states.shape[1] - count * growth
     config = _config(width, *static)
-    dtype, measures = _dtype(states), config.norm is not None and config.training
+    dtype, measures = wide_dtype(states), config.norm is not None and config.training
     layers = _layers(tensors, count)
     run = _Run(config, states.to(dtype).contiguous(), inner.to(dtype), layers)
     total = torch.empty_like(run.states).copy_(dstates)  # of every state: what its consumers so far pull, and dOut
-    share = 1.0 / max(run.batch * run.pixels, 1)
-    mean_plain, mean_moment = (total.new_zeros(total.shape[1]) for _ in range(2))  # S1, S2
     rate, inner_rate = run.rate(var), run.rate(inner_var)
     dy = torch.empty_like(run.output(0))
     found: list[list[Tensor]] = []
 
-    def correct(channels: slice) -> None:
-        if measures:
-            r = rate[channels]
-            run.ops.dnl_bottleneck_correct(
-                run.states[:, channels], -r * r * mean_moment[channels], mean[channels],
-                -r * mean_plain[channels], total[:, channels],
-            )  # fmt: skip
-
+    corrections = Corrections(run, total, mean, rate)
     for layer in reversed(range(count)):
         p, slot = layers[layer], run.slot(layer)
         norm, inner_norm = run.norm(layer, mean, rate), run.inner_norm(layer, inner_mean, inner_rate)
-        correct(slot)
+        corrections.apply(slot)
         dy, dinner_weight, plain, moment = run.convolve_back(layer, inner_norm, total[:, slot].contiguous(), dy)
         dinner_gamma = moment * inner_norm.rate
         if measures:
-            factor = inner_norm.scale * -share
+            factor = inner_norm.scale * -run.share
             run.ops.dnl_bottleneck_correct(
                 run.planes(run.output(layer)), factor * inner_norm.rate * dinner_gamma, inner_norm.mean,
                 factor * plain, run.planes(dy),
@@ -339,10 +278,7 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
                 dbeta[rows] += sums[0]
                 dgamma[rows] += sums[1]
         dgamma *= norm.rate
-        if measures:
-            for sums, of in ((mean_plain, dbeta * norm.gamma), (mean_moment, dgamma * norm.gamma)):
-                for channels, rows in run.parts(layer):
-                    sums[channels].add_(of[rows], alpha=share)
+        corrections.collect(layer, norm, dbeta, dgamma)
         dweight = dweight if config.tau == 1 else dweight * config.tau
         gradients |= {"affine_weight": dweight.view_as(p.affine_weight), "norm_weight": dgamma, "norm_bias": dbeta}
         given: list[Any] = [getattr(p, name) for name in TRAINABLE]
@@ -350,6 +286,6 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
             states.new_empty(0) if t is None else gradients[name].to(t.dtype)
             for name, t in zip(TRAINABLE, given, strict=True)
         ])  # fmt: skip
-    correct(slice(0, width))
+    corrections.apply(slice(0, width))
     dx0 = total[:, :width].to(states.dtype, memory_format=torch.contiguous_format, copy=True)
     return dx0, [gradient for layer in reversed(found) for gradient in layer]

@@ -16,7 +16,8 @@ def elements(x: Tensor, axis: int) -> int:
     return x.numel() // x.shape[axis] if x.shape[axis] else 0
 
 
-def _moments(x: Tensor, axis: int) -> Tensor:
+def moments(x: Tensor, axis: int) -> Tensor:
+    """[2, C]: mean and biased variance of each channel."""
     others = [d for d in range(x.dim()) if d != axis % x.dim()]
     count = max(elements(x, axis), 1)
     x = wide(x)
@@ -32,12 +33,12 @@ def _backward(axis, dmoments, tensors, extra, needs):
 
 
 def _forward(axis, tensors):
-    moments = _moments(tensors[0], axis)
-    return moments, moments[0].clone()
+    found = moments(tensors[0], axis)
+    return found, found[0].clone()
 
 
 def _reference(axis, tensors):
-    return _moments(tensors[0], axis)
+    return moments(tensors[0], axis)
 
 
 _function = differentiable(_forward, _backward, _reference)

@@ -6,7 +6,7 @@ as y, are computed again. The products belong to torch's GEMM, the attention to 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from .pointwise import wide
 
 
 class Config(NamedTuple):
-    kernel: str  # "softmax" or "gaussian"
+    kernel: str  # "softmax", "gaussian" or "dot"
     heads: int
     images: bool  # y is [B, G, H, W], else [B, N, G]
     backend: str  # of nonlocal_attention
@@ -80,23 +80,50 @@ def _attention_arguments(config: Config, x: Tensor, theta: NonLocalParameters):
     return (query, key[0] if key else query, value, bandwidth, None), (width**-0.5, True, False, config.images)
 
 
+def _columns(t: Tensor, config: Config) -> Tensor:
+    """[B, h, D, N] in the dtype that is computed in: a view where the heads are stored so."""
+    return wide(t if config.images else t.mT)
+
+
+def _dot(query: Tensor, key: Tensor, value: Tensor, config: Config) -> Tensor:
+    """(k^T v)^T q / N: associative, hence two products (see nonlocal_attention/dot.py)."""
+    q, k, v = (_columns(t, config) for t in (query, key, value))
+    out = (v @ k.mT / max(k.shape[-1], 1)) @ q
+    return (out if config.images else out.mT).to(query.dtype).contiguous()
+
+
+def _dot_backward(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, config: Config):
+    q, k, v, dout = (_columns(t, config) for t in (query, key, value, dout))
+    share = 1 / max(k.shape[-1], 1)
+    state, dstate = v @ k.mT * share, dout @ q.mT * share
+    found = (state.mT @ dout, dstate.mT @ v, dstate @ k)
+    return [g if config.images else g.mT for g in found]
+
+
 def _positions(y: Tensor, config: Config) -> Tensor:
     return y.flatten(2) if config.images else y
 
 
-def _forward(config: Config, tensors):
-    y, theta = tensors[0], NonLocalParameters(*tensors[1:])
-    arguments, static = _attention_arguments(config, _positions(y, config), theta)
-    run = _backend.kernel(config.backend, "nonlocal_attention_fwd")
-    out, shift, sum_ = run(*arguments, *static)
+def combine(config: Config, out: Tensor, theta: NonLocalParameters, like: Tensor) -> Tensor:
+    """W_o concat_heads(out) + b_o, in the form of `like`."""
     assert theta.output_weight is not None
     x = _linear(join_heads(out, config), theta.output_weight, theta.output_bias, config.images)
-    return (x.unflatten(2, y.shape[2:]) if config.images else x), out, shift, sum_
+    return x.unflatten(2, like.shape[2:]) if config.images else x
 
 
-def _backward(config: Config, dx, tensors, extra, needs):
-    y, theta = tensors[0], NonLocalParameters(*tensors[1:])
-    out, shift, sum_ = extra
+def forward(config: Config, y: Tensor, theta: NonLocalParameters) -> tuple[Tensor, list[Tensor]]:
+    """N(y), and what `backward` needs besides y: the attention's output, and two numbers per query unless "dot"."""
+    arguments, static = _attention_arguments(config, _positions(y, config), theta)
+    if config.kernel == "dot":
+        kept = [_dot(*arguments[:3], config)]
+    else:
+        kept = list(_backend.kernel(config.backend, "nonlocal_attention_fwd")(*arguments, *static))
+    return combine(config, kept[0], theta, y), kept
+
+
+def backward(config: Config, dx: Tensor, y: Tensor, theta: NonLocalParameters, kept) -> tuple[Tensor, dict[str, Any]]:
+    """The gradients of y and of what theta has, not yet narrowed to a half type."""
+    out, *rows = kept
     x = _positions(y, config)
     assert theta.output_weight is not None
     dout, doutput_weight, doutput_bias = _linear_backward(
@@ -104,24 +131,38 @@ def _backward(config: Config, dx, tensors, extra, needs):
         config.images,
     )  # fmt: skip
     arguments, static = _attention_arguments(config, x, theta)
-    run = _backend.kernel(config.backend, "nonlocal_attention_bwd")
     dout = split_heads(dout.to(out.dtype), config)
-    dquery, dkey, dvalue, dbandwidth = run(dout, *arguments, out, shift, sum_, *static, theta.rho is not None)
+    if config.kernel == "dot":
+        (dquery, dkey, dvalue), dbandwidth = _dot_backward(dout, *arguments[:3], config), None
+    else:
+        run = _backend.kernel(config.backend, "nonlocal_attention_bwd")
+        dquery, dkey, dvalue, dbandwidth = run(dout, *arguments, out, *rows, *static, theta.rho is not None)
     parts = [dquery, dkey, dvalue] if theta.key_weight is not None else [wide(dquery).add_(dkey), wide(dvalue)]
     weight, bias, sizes = _projection(theta)
     dproducts = torch.cat([join_heads(t, config) for t in parts], 1 if config.images else 2)
     dy, dweight, dbias = _linear_backward(dproducts, x, weight, bias is not None, config.images)
-    found: dict[str, Tensor | None] = {"output_weight": doutput_weight, "output_bias": doutput_bias}
+    found: dict[str, Any] = {"output_weight": doutput_weight, "output_bias": doutput_bias}
     for kind, gradient in (("weight", dweight), ("bias", dbias)):
         pieces = [None] * len(sizes) if gradient is None else gradient.split(sizes)
         found |= {f"{name}_{kind}": piece for name, piece in zip(_names(theta), pieces, strict=True)}
     if theta.rho is not None:
         found["rho"] = dbandwidth * arguments[3]
+    return dy.view(y.shape), found
+
+
+def _forward(config: Config, tensors):
+    x, kept = forward(config, tensors[0], NonLocalParameters(*tensors[1:]))
+    return x, *kept
+
+
+def _backward(config: Config, dx, tensors, extra, needs):
+    y, theta = tensors[0], NonLocalParameters(*tensors[1:])
+    dy, found = backward(config, dx, y, theta, extra)
     gradients = [
         None if t is None or (gradient := found[name]) is None else gradient.to(t.dtype)
         for name, t in theta._asdict().items()
     ]
-    return dy.to(y.dtype).view(y.shape), *gradients
+    return dy.to(y.dtype), *gradients
 
 
 def _reference(config: Config, tensors):
