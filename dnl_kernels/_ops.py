@@ -280,6 +280,13 @@ SCHEMAS: dict[str, Schema] = {
         " bool need_bandwidth) -> (Tensor, Tensor, Tensor, Tensor)",
         _nonlocal_attention_bwd,
     ),
+    # CPU: the gradients into tensors that are given. Never seen by autograd or torch.compile.
+    "nonlocal_attention_pull": Schema(
+        "(Tensor doutput, Tensor query, Tensor key, Tensor value, Tensor? bandwidth, Tensor? key_mask, Tensor output,"
+        " Tensor shift, Tensor sum, float scale, bool normalize, bool causal, bool channels_first,"
+        " bool need_bandwidth, Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> Tensor",
+        lambda *arguments: arguments[7].new_empty((arguments[1].shape[1] if arguments[13] else 0,)),
+    ),
     "dnl_layer_fwd": Schema(f"({_LAYER_TAIL}) -> Tensor", _dnl_layer_fwd),
     "dnl_layer_bwd": Schema(
         f"(Tensor dout, {_LAYER_TAIL}, bool need_states, bool need_parameters) -> (Tensor[], Tensor)", _dnl_layer_bwd

@@ -169,11 +169,12 @@ std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_fwd(const Tensor& query, c
   return {output, shift, sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
+// The gradients into tensors of any strides, such as parts of one buffer; returns dbandwidth.
+Tensor nonlocal_attention_pull(
     const Tensor& doutput, const Tensor& query, const Tensor& key, const Tensor& value,
     const std::optional<Tensor>& bandwidth, const std::optional<Tensor>& key_mask, const Tensor& output,
     const Tensor& shift, const Tensor& sum, double scale, bool normalize, bool causal, bool channels_first,
-    bool need_bandwidth) {
+    bool need_bandwidth, Tensor dquery, Tensor dkey, Tensor dvalue) {
   Prepared in = prepare(query, key, value, bandwidth, key_mask, scale, normalize, causal, channels_first);
   NonlocalParams& p = in.params;
   const ScalarType compute = compute_type(query);
@@ -187,9 +188,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
     DNL_CHECK(t->dim() == 3 && t->numel() == p.batch * p.heads * p.queries && t->scalar_type() == compute &&
                   t->is_contiguous(),
               "nonlocal_attention: shift or sum differ from what the forward returned");
-  Tensor dquery = with_positions(query, p.queries, p.width, channels_first);
-  Tensor dkey = with_positions(query, p.keys, p.width, channels_first);
-  Tensor dvalue = with_positions(query, p.keys, p.value_width, channels_first);
+  DNL_CHECK(same_sizes(dquery, query) && same_sizes(dkey, key) && same_sizes(dvalue, value),
+            "nonlocal_attention: a gradient differs in size from its tensor");
+  for (const Tensor* t : {&dquery, &dkey, &dvalue})
+    DNL_CHECK(t->scalar_type() == query.scalar_type(), "nonlocal_attention: a gradient differs in type");
   if (key_mask) {  // masked keys are never visited
     torch::stable::zero_(dkey);
     torch::stable::zero_(dvalue);
@@ -237,7 +239,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
       using T = decltype(zero);
       reduce_moments(p, static_cast<const T*>(moments.const_data_ptr()), static_cast<double*>(dbandwidth.data_ptr()));
     });
-  return {dquery, dkey, dvalue, narrowed(dbandwidth, compute)};
+  return narrowed(dbandwidth, compute);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
+    const Tensor& doutput, const Tensor& query, const Tensor& key, const Tensor& value,
+    const std::optional<Tensor>& bandwidth, const std::optional<Tensor>& key_mask, const Tensor& output,
+    const Tensor& shift, const Tensor& sum, double scale, bool normalize, bool causal, bool channels_first,
+    bool need_bandwidth) {
+  const int position = channels_first ? 3 : 2, feature = channels_first ? 2 : 3;
+  const auto like = [&](const Tensor& t) {
+    return with_positions(query, t.size(position), t.size(feature), channels_first);
+  };
+  Tensor dquery = like(query), dkey = like(key), dvalue = like(value);
+  Tensor dbandwidth = nonlocal_attention_pull(doutput, query, key, value, bandwidth, key_mask, output, shift, sum, scale,
+                                              normalize, causal, channels_first, need_bandwidth, dquery, dkey, dvalue);
+  return {dquery, dkey, dvalue, dbandwidth};
 }
 
 }  // namespace
@@ -246,4 +263,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
 STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
   m.impl("nonlocal_attention_fwd", TORCH_BOX(&dnl::nonlocal_attention_fwd));
   m.impl("nonlocal_attention_bwd", TORCH_BOX(&dnl::nonlocal_attention_bwd));
+  m.impl("nonlocal_attention_pull", TORCH_BOX(&dnl::nonlocal_attention_pull));
 }

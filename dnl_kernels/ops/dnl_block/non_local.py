@@ -24,7 +24,7 @@ from ..dnl_layer import projected
 from ..dnl_layer.pointwise import activate_normalised, broadcast, pull_normalised, wide
 from . import composition
 from .config import BlockConfig, LayerParameters, Statistics
-from .prefix import Corrections, Norm, Prefix, wide_dtype
+from .prefix import Corrections, Norm, Prefix
 
 NAMES = tuple(name for name in LayerParameters._fields if not name.startswith("inner_"))
 TRAINABLE = tuple(name for name in NAMES if not name.endswith(("_mean", "_var")))
@@ -151,7 +151,7 @@ class _Run(Prefix):
     def pull(
         self, total: Tensor, dy: Tensor, spans, weight: Tensor, norm: Norm | None, activation: str, tau: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Adds the gradients of the states to `total`; those of the weight, the bias, and the norm's scale and shift."""
+        """Adds the gradients of the states to `total`; returns those of weight, bias, and the scale and shift of norm."""
         x, to = self.reads(self.states, spans), self.reads(total, spans)
         scale, shift = (None, None) if norm is None else (norm.scale, norm.shift)
         if self.images:

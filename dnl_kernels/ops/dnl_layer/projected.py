@@ -70,14 +70,47 @@ def _projection(theta: NonLocalParameters) -> tuple[Tensor, Tensor | None, list[
     return torch.cat(weights), bias, [len(w) for w in weights]
 
 
-def _attention_arguments(config: Config, x: Tensor, theta: NonLocalParameters):
+def _features(t: Tensor, sizes: list[int], config: Config) -> list[Tensor]:
+    """Parts of [B, C, N] or [B, N, C] by heads: views."""
+    return [split_heads(part, config) for part in t.split(sizes, 1 if config.images else 2)]
+
+
+def _attention_arguments(config: Config, x: Tensor, theta: NonLocalParameters, projection):
     """The tensors of nonlocal_attention's kernels, and their static arguments."""
-    weight, bias, sizes = _projection(theta)
-    products = _linear(x, weight, bias, config.images).split(sizes, 1 if config.images else 2)
-    query, *key, value = (split_heads(t, config) for t in products)
+    weight, bias, sizes = projection
+    query, *key, value = _features(_linear(x, weight, bias, config.images), sizes, config)
     bandwidth = None if theta.rho is None else torch.exp(wide(theta.rho))
     width = query.shape[2 if config.images else 3]
     return (query, key[0] if key else query, value, bandwidth, None), (width**-0.5, True, False, config.images)
+
+
+def _attention_backward(config: Config, dout: Tensor, arguments, kept, static, shared: bool):
+    """The gradient of the projections, side by side, and that of the bandwidth. shared: the key is the query."""
+    query, key, value, bandwidth, _ = arguments
+    out, *rows = kept
+    axis = 1 if config.images else 2
+    need = bandwidth is not None
+    if config.kernel != "dot" and config.backend == "cpu":  # straight into one tensor
+        q, v = (t.shape[1] * t.shape[2 if config.images else 3] for t in (query, value))
+        shape = [query.shape[0], query.shape[3 if config.images else 2]]
+        shape.insert(axis, 2 * q + v)
+        found = query.new_empty(shape)
+        parts = _features(found, [q, q, v], config)
+        dquery, dkey, dvalue = (parts[1], parts[0], parts[2]) if shared else parts
+        run = _backend.kernel("cpu", "nonlocal_attention_pull")
+        dbandwidth = run(dout, *arguments, out, *rows, *static, need, dquery, dkey, dvalue)
+        if shared:
+            found = wide(found)
+            found.narrow(axis, q, q).add_(found.narrow(axis, 0, q))
+            found = found.narrow(axis, q, q + v)
+        return found, dbandwidth
+    if config.kernel == "dot":
+        (dquery, dkey, dvalue), dbandwidth = _dot_backward(dout, query, key, value, config), None
+    else:
+        run = _backend.kernel(config.backend, "nonlocal_attention_bwd")
+        dquery, dkey, dvalue, dbandwidth = run(dout, *arguments, out, *rows, *static, need)
+    found = [wide(dquery).add_(dkey), wide(dvalue)] if shared else [dquery, dkey, dvalue]
+    return torch.cat([join_heads(t, config) for t in found], axis), dbandwidth
 
 
 def _columns(t: Tensor, config: Config) -> Tensor:
@@ -113,7 +146,7 @@ def combine(config: Config, out: Tensor, theta: NonLocalParameters, like: Tensor
 
 def forward(config: Config, y: Tensor, theta: NonLocalParameters) -> tuple[Tensor, list[Tensor]]:
     """N(y), and what `backward` needs besides y: the attention's output, and two numbers per query unless "dot"."""
-    arguments, static = _attention_arguments(config, _positions(y, config), theta)
+    arguments, static = _attention_arguments(config, _positions(y, config), theta, _projection(theta))
     if config.kernel == "dot":
         kept = [_dot(*arguments[:3], config)]
     else:
@@ -123,30 +156,25 @@ def forward(config: Config, y: Tensor, theta: NonLocalParameters) -> tuple[Tenso
 
 def backward(config: Config, dx: Tensor, y: Tensor, theta: NonLocalParameters, kept) -> tuple[Tensor, dict[str, Any]]:
     """The gradients of y and of what theta has, not yet narrowed to a half type."""
-    out, *rows = kept
     x = _positions(y, config)
     assert theta.output_weight is not None
     dout, doutput_weight, doutput_bias = _linear_backward(
-        _positions(dx, config), join_heads(out, config), theta.output_weight, theta.output_bias is not None,
+        _positions(dx, config), join_heads(kept[0], config), theta.output_weight, theta.output_bias is not None,
         config.images,
     )  # fmt: skip
-    arguments, static = _attention_arguments(config, x, theta)
-    dout = split_heads(dout.to(out.dtype), config)
-    if config.kernel == "dot":
-        (dquery, dkey, dvalue), dbandwidth = _dot_backward(dout, *arguments[:3], config), None
-    else:
-        run = _backend.kernel(config.backend, "nonlocal_attention_bwd")
-        dquery, dkey, dvalue, dbandwidth = run(dout, *arguments, out, *rows, *static, theta.rho is not None)
-    parts = [dquery, dkey, dvalue] if theta.key_weight is not None else [wide(dquery).add_(dkey), wide(dvalue)]
-    weight, bias, sizes = _projection(theta)
-    dproducts = torch.cat([join_heads(t, config) for t in parts], 1 if config.images else 2)
+    weight, bias, sizes = projection = _projection(theta)
+    arguments, static = _attention_arguments(config, x, theta, projection)
+    dout = split_heads(dout.to(kept[0].dtype), config)
+    dproducts, dbandwidth = _attention_backward(config, dout, arguments, kept, static, theta.key_weight is None)
+    bandwidth = arguments[3]
+    del arguments, dout  # the largest tensors here
     dy, dweight, dbias = _linear_backward(dproducts, x, weight, bias is not None, config.images)
     found: dict[str, Any] = {"output_weight": doutput_weight, "output_bias": doutput_bias}
     for kind, gradient in (("weight", dweight), ("bias", dbias)):
         pieces = [None] * len(sizes) if gradient is None else gradient.split(sizes)
         found |= {f"{name}_{kind}": piece for name, piece in zip(_names(theta), pieces, strict=True)}
     if theta.rho is not None:
-        found["rho"] = dbandwidth * arguments[3]
+        found["rho"] = dbandwidth * bandwidth
     return dy.view(y.shape), found
 
 
