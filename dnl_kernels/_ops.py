@@ -266,7 +266,8 @@ SCHEMAS: dict[str, Schema] = {
         "(Tensor dy, Tensor[] states, Tensor weight, Tensor? norm_scale, Tensor? norm_shift, str activation,"
         " float scale, Tensor(a!)[] total) -> (Tensor, Tensor, Tensor, Tensor)",
         lambda dy, states, weight, *_: (
-            weight.new_empty(weight.shape), *(weight.new_empty(weight.shape[i]) for i in (0, 1, 1))
+            weight.new_empty(weight.shape),
+            *(weight.new_empty(weight.shape[i]) for i in (0, 1, 1)),
         ),
     ),
     "nonlocal_attention_fwd": Schema(

@@ -1,5 +1,6 @@
 // nonlocal_attention on the CPU: checks -> params -> parallel loops. Meaning: ops/nonlocal_attention/reference.py.
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "common/torch.h"
@@ -9,7 +10,8 @@ namespace dnl {
 namespace {
 
 constexpr int64_t kTasks = 8;         // of a backward at least, so that one sample with one head uses several cores:
-constexpr int64_t kLeastPart = 256;   // fixed numbers, so that results do not depend on threads
+constexpr int64_t kPartUnit = 24;     // whole groups of keys for every vector length
+constexpr int64_t kLeastPart = 264;   // fixed numbers, so that results do not depend on threads
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -205,7 +207,7 @@ Tensor nonlocal_attention_pull(
   p.sum = const_cast<void*>(sum.const_data_ptr());
   const int64_t samples = p.batch * p.heads;
   const int64_t wanted = samples == 0 ? 1 : ceil_div(kTasks, samples);
-  p.part_keys = std::max<int64_t>(ceil_div(ceil_div(p.keys, wanted), 8) * 8, kLeastPart);
+  p.part_keys = std::max<int64_t>(ceil_div(ceil_div(p.keys, wanted), kPartUnit) * kPartUnit, kLeastPart);
   p.parts = std::max<int64_t>(ceil_div(p.keys, p.part_keys), 1);
   const int64_t row_count = samples * p.queries;
   Tensor moments = empty(query, {need_bandwidth ? p.parts * row_count * 3 : 0}, compute);
@@ -242,12 +244,63 @@ Tensor nonlocal_attention_pull(
   return narrowed(dbandwidth, compute);
 }
 
+// From this width on torch's own backward of softmax attention is faster: its products are large enough for its GEMM.
+// It subtracts log-normalisers from scores, and larger ones would cost more accuracy than eager PyTorch loses.
+constexpr int64_t kLargeWidth = 128;
+constexpr double kLargestLog = 12;
+
+// The rows' natural log-normalisers, or nothing where one is too large, a row has a shift (its exponents have no bound, see
+// tiles.h) or a number is not finite.
+std::optional<Tensor> log_normalisers(const Tensor& shift, const Tensor& sum) {
+  Tensor result = torch::stable::new_empty(shift, {shift.size(0), shift.size(1), shift.size(2)});
+  const float *s = static_cast<const float*>(shift.const_data_ptr()), *z = static_cast<const float*>(sum.const_data_ptr());
+  float* to = static_cast<float*>(result.data_ptr());
+  bool usable = true;
+  for (int64_t i = 0; i < shift.numel(); i++) {
+    to[i] = static_cast<float>(std::log(double(z[i])));
+    usable = usable && s[i] == 0 && std::abs(to[i]) <= kLargestLog;
+  }
+  return usable ? std::optional<Tensor>(result) : std::nullopt;
+}
+
+// dquery, dkey and dvalue by torch, for the calls that its kernel takes as they are and computes faster.
+std::optional<std::tuple<Tensor, Tensor, Tensor>> large_backward(const Tensor& doutput, const Tensor& query,
+                                                                 const Tensor& key, const Tensor& value,
+                                                                 const Tensor& output, const Tensor& shift,
+                                                                 const Tensor& sum, double scale) {
+  for (const Tensor* t : {&doutput, &query, &key, &value, &output})
+    if (t->dim() != 4 || t->stride(3) != 1 || t->scalar_type() != ScalarType::Float) return std::nullopt;
+  // What does not fit together is for the checks of the other path.
+  const bool fits = same_sizes(key, value) && same_sizes(query, output) && same_sizes(query, doutput) &&
+                    key.size(0) == query.size(0) && key.size(1) == query.size(1) && key.size(3) == query.size(3);
+  if (!fits || query.size(3) < kLargeWidth || query.numel() == 0 || key.numel() == 0) return std::nullopt;
+  for (const Tensor* t : {&shift, &sum})
+    if (t->dim() != 3 || t->numel() * query.size(3) != query.numel() || t->scalar_type() != ScalarType::Float ||
+        !t->is_contiguous())
+      return std::nullopt;
+  const std::optional<Tensor> log_sum = log_normalisers(shift, sum);
+  if (!log_sum) return std::nullopt;
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 10> stack{from(doutput), from(query), from(key), from(value), from(output), from(*log_sum),
+                                     from(0.0), from(false), from(std::nullopt), from(std::optional<double>(scale))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "",
+                                               stack.data(), TORCH_ABI_VERSION));
+  return std::make_tuple(to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]));
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
     const Tensor& doutput, const Tensor& query, const Tensor& key, const Tensor& value,
     const std::optional<Tensor>& bandwidth, const std::optional<Tensor>& key_mask, const Tensor& output,
     const Tensor& shift, const Tensor& sum, double scale, bool normalize, bool causal, bool channels_first,
     bool need_bandwidth) {
   const int position = channels_first ? 3 : 2, feature = channels_first ? 2 : 3;
+  if (!bandwidth && !key_mask && normalize && !causal && !channels_first)
+    if (auto found = large_backward(doutput, query, key, value, output, shift, sum, scale)) {
+      const auto& [dquery, dkey, dvalue] = *found;
+      return {torch::stable::contiguous(dquery), torch::stable::contiguous(dkey), torch::stable::contiguous(dvalue),
+              empty(query, {0}, compute_type(query))};
+    }
   const auto like = [&](const Tensor& t) {
     return with_positions(query, t.size(position), t.size(feature), channels_first);
   };

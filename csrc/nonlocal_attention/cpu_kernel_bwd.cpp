@@ -80,8 +80,9 @@ struct Tile {
 };
 
 // kBounded: the rows have no shift, and no exponent is large.
-template <Score kScore, bool kBounded, bool kMasked, bool kMoment, class T>
+template <Score kScore, bool kBounded, Mask kMask, bool kMoment, class T>
 DNL_INLINE void add_group(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, int64_t j) {
+  constexpr bool kMasked = kMask != Mask::none;
   constexpr int kL = kLanes<T>, kQ = kQueries<T>;
   const T *k = w.keys + j * w.D, *v = w.values + j * w.E;
   Scores<T> s;
@@ -129,9 +130,9 @@ DNL_INLINE void add_group(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, i
       t.mean.b += kMasked ? (limit.allowed(j, u, 1) ? wb : Vec<T>{}) : wb;
     }
   }
-  accumulate<kMasked, T>(w.dq, k, w.D, s, limit, j);
+  accumulate<kMask == Mask::ragged, T>(w.dq, k, w.D, s, limit, j);
   T *dk = w.dk + j * w.Dp, *dv = w.dv + j * w.Ep;
-  if constexpr (!kMasked) {
+  if constexpr (kMask != Mask::ragged) {
     rank_update<kKeys, T>(dv, w.weight, w.g_rows, w.Ep, 0, t.count);
     rank_update<kKeys, T>(dk, w.delta, w.q_rows, w.Dp, 0, t.count);
   } else {
@@ -148,8 +149,12 @@ template <Score kScore, bool kBounded, bool kMoment, class T>
 void add_groups(Workspace<T>& w, Tile<T>& tile, const Limits<T>& limit) {
   Tile<T> t = tile;
   int64_t j = 0;
-  for (; j + kKeys <= limit.least; j += kKeys) add_group<kScore, kBounded, false, kMoment>(w, t, limit, j);
-  for (; j < limit.most; j += kKeys) add_group<kScore, kBounded, true, kMoment>(w, t, limit, j);
+  for (; j + kKeys <= limit.least; j += kKeys) add_group<kScore, kBounded, Mask::none, kMoment>(w, t, limit, j);
+  if (limit.all && j < limit.most) {
+    add_group<kScore, kBounded, Mask::tail, kMoment>(w, t, limit, j);
+    j += kKeys;
+  }
+  for (; j < limit.most; j += kKeys) add_group<kScore, kBounded, Mask::ragged, kMoment>(w, t, limit, j);
   tile = t;
 }
 

@@ -16,9 +16,10 @@ struct Tile {
 // Exponents are bounded (safe_exponents), taken as they are (unnormalised), or shifted by the maximum so far.
 enum class Exponents { bounded, plain, online };
 
-template <Score kScore, Exponents kExponents, bool kMasked, class T>
+template <Score kScore, Exponents kExponents, Mask kMask, class T>
 DNL_INLINE void add_group(Tile<T>& t, const T* k, const T* v, const T* bias, int64_t width, int64_t value_width,
                           const Limits<T>& limit, int64_t j) {
+  constexpr bool kMasked = kMask != Mask::none;
   constexpr bool kOnline = kExponents == Exponents::online, kBounded = kExponents == Exponents::bounded;
   Scores<T> s;
   form_scores<kScore>(s, t.q, k, bias, width);
@@ -53,7 +54,7 @@ DNL_INLINE void add_group(Tile<T>& t, const T* k, const T* v, const T* bias, int
     t.sum.a += s.at[u][0];
     t.sum.b += s.at[u][1];
   }
-  accumulate<kMasked>(t.out, v, value_width, s, limit, j);
+  accumulate<kMask == Mask::ragged>(t.out, v, value_width, s, limit, j);
 }
 
 template <Score kScore, Exponents kExponents, class T>
@@ -62,9 +63,16 @@ void add_groups(Tile<T>& tile, const T* k, const T* v, const T* bias, int64_t wi
   Tile<T> t = tile;
   int64_t j = 0;
   for (; j + kKeys <= limit.least; j += kKeys)
-    add_group<kScore, kExponents, false>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit, j);
+    add_group<kScore, kExponents, Mask::none>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit,
+                                              j);
+  if (limit.all && j < limit.most) {
+    add_group<kScore, kExponents, Mask::tail>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit,
+                                              j);
+    j += kKeys;
+  }
   for (; j < limit.most; j += kKeys)
-    add_group<kScore, kExponents, true>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit, j);
+    add_group<kScore, kExponents, Mask::ragged>(t, k + j * width, v + j * value_width, bias + j, width, value_width,
+                                                limit, j);
   tile = t;
 }
 

@@ -313,10 +313,16 @@ DNL_INLINE void finish_queries(const Scales<T>& scale, const T* centre, int64_t 
 
 // Query i of a tile sees the first `of[i]` keys of a part; groups of keys below `least` are seen by all of its queries,
 // none at or above `most` by any.
+enum class Mask {
+  none,   // every query sees every key of the group
+  tail,   // the group's last keys are padding, zeros that no query sees
+  ragged  // queries see different keys
+};
 template <class T>
 struct Limits {
   T of[kQueries<T>];
   int64_t least, most;
+  bool all;  // every query sees every key
 
   // Bit masks of the queries that see key `u` of the group at `j`.
   DNL_INLINE auto allowed(int64_t j, int u, int w) const {
@@ -338,7 +344,8 @@ Limits<T> limits(const NonlocalParams& p, int64_t b, int64_t query, int64_t coun
       else above = middle;
     }
   }
-  if (!p.causal) {
+  r.all = !p.causal;
+  if (r.all) {
     for (int64_t i = 0; i < kQueries<T>; i++) r.of[i] = T(part_count);
     r.least = r.most = part_count;
     return r;

@@ -151,7 +151,7 @@ class _Run(Prefix):
     def pull(
         self, total: Tensor, dy: Tensor, spans, weight: Tensor, norm: Norm | None, activation: str, tau: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Adds the gradients of the states to `total`; returns those of weight, bias, and the scale and shift of norm."""
+        """Adds the states' gradients to `total`; returns those of weight, bias, and the scale and shift of norm."""
         x, to = self.reads(self.states, spans), self.reads(total, spans)
         scale, shift = (None, None) if norm is None else (norm.scale, norm.shift)
         if self.images:
@@ -205,9 +205,7 @@ def dnl_nonlocal_block_fwd(x0, tensors, keep, *static):
     shape = (*x0.shape[:-1], width) if config.affine == "linear" else (x0.shape[0], width, *x0.shape[2:])
     run = _Run(config, x0.new_empty(shape), layers)
     measured = (width,) if config.preactivation else (config.num_layers, config.growth_rate)
-    mean, var, rate = (
-        run.states.new_zeros(measured if run.measures else 0, dtype=run.dtype) for _ in range(3)
-    )
+    mean, var, rate = (run.states.new_zeros(measured if run.measures else 0, dtype=run.dtype) for _ in range(3))
     kept: list[Tensor] = []
     of_states = slice(0, config.in_channels)
     run.channels(run.states, of_states).copy_(x0)
@@ -273,7 +271,7 @@ def dnl_nonlocal_block_bwd(dstates, states, mean, var, kept, tensors, *static):
             gradients |= {"skip_weight": dweight, "skip_bias": dbias}
         given: list[Any] = [getattr(p, name) for name in TRAINABLE]
         found.append([
-            states.new_empty(0) if t is None else gradients[name].to(t.dtype)
+            states.new_empty(0) if t is None else gradients[name].to(t.dtype, copy=True)  # parts of one tensor, some
             for name, t in zip(TRAINABLE, given, strict=True)
         ])  # fmt: skip
     first = slice(0, config.in_channels)
