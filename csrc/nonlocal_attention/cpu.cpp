@@ -13,6 +13,12 @@ constexpr int64_t kTasks = 8;         // of a backward at least, so that one sam
 constexpr int64_t kPartUnit = 24;     // whole groups of keys for every vector length
 constexpr int64_t kLeastPart = 264;   // fixed numbers, so that results do not depend on threads
 
+// From this width on torch's own backward of softmax attention is faster: its products are large enough for its GEMM. It
+// subtracts log-normalisers from scores, of the keys as they are (such calls are not centred), and larger ones would cost
+// more accuracy than eager PyTorch loses.
+constexpr int64_t kLargeWidth = 128;
+constexpr double kLargestLog = 12;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Storage storage_of(ScalarType type) {
@@ -105,7 +111,7 @@ Prepared prepare(const Tensor& query, const Tensor& key, const Tensor& value, co
   const ScalarType compute = compute_type(query);
   r.centre = empty(query, {p.batch, p.heads, p.width}, compute);
   r.radius = empty(query, {p.batch, p.heads}, compute);
-  p.centre = r.centre.data_ptr();
+  p.centre = bandwidth || (normalize && p.width < kLargeWidth) ? r.centre.data_ptr() : nullptr;
   p.radius = r.radius.data_ptr();
   dispatch_float("nonlocal_attention", compute, [&](auto zero) {
     using T = decltype(zero);
@@ -243,11 +249,6 @@ Tensor nonlocal_attention_pull(
     });
   return narrowed(dbandwidth, compute);
 }
-
-// From this width on torch's own backward of softmax attention is faster: its products are large enough for its GEMM.
-// It subtracts log-normalisers from scores, and larger ones would cost more accuracy than eager PyTorch loses.
-constexpr int64_t kLargeWidth = 128;
-constexpr double kLargestLog = 12;
 
 // The rows' natural log-normalisers, or nothing where one is too large, a row has a shift (its exponents have no bound, see
 // tiles.h) or a number is not finite.

@@ -174,7 +174,7 @@ Tile<T> pack_tile(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& sca
   const int64_t row = (b * p.heads + h) * p.queries + first;
   alignas(64) T shift[kQ] = {}, inverse[kQ] = {}, near[kQ];
   read_lanes<T>(p, p.query, b, h, nullptr, first, count, w.D, w.q);
-  finish_queries<T>(scale, centre, count, w.D, w.q);
+  finish_queries<T>(scale, query_centre(p, centre), count, w.D, w.q);
   read_lanes<T>(p, p.doutput, b, h, nullptr, first, count, w.E, w.g);
   for (int64_t i = 0; i < count; i++) {
     const T sum = static_cast<const T*>(p.sum)[row + i];

@@ -98,7 +98,7 @@ void run_tiles(const NonlocalParams& p, int64_t begin, int64_t end) {
       packed = bh;
     }
     read_lanes<T>(p, p.query, b, h, nullptr, first, n, D, q);
-    finish_queries<T>(scale, centre, n, D, q);
+    finish_queries<T>(scale, query_centre(p, centre), n, D, q);
     memset(out, 0, E * kQ * sizeof(T));
     const Limits<T> limit = limits<T>(p, b, first, n, 0, count);
     Tile<T> tile{q, out, {}, {}};
@@ -132,6 +132,30 @@ void run_tiles(const NonlocalParams& p, int64_t begin, int64_t end) {
   }
 }
 
+constexpr int kGroups = 4;  // of keys, each fourth
+
+template <class T>
+T mean(const double* sum, const int64_t* count) {
+  double s = 0;
+  int64_t n = 0;
+  for (int g = 0; g < kGroups; g++) s += sum[g], n += count[g];
+  return n ? T(s / n) : T(0);
+}
+
+// The mean of the group where it is least, and 0 where the groups differ in sign: what the keys have in common, however
+// far away a few of them are.
+template <class T>
+T common_offset(const double* sum, const int64_t* count) {
+  double low = INFINITY, high = -INFINITY;
+  for (int g = 0; g < kGroups; g++) {
+    if (!count[g]) continue;
+    const double m = sum[g] / count[g];
+    low = m < low ? m : low;
+    high = m > high ? m : high;
+  }
+  return low > high ? T(0) : low > 0 ? T(low) : high < 0 ? T(high) : T(0);
+}
+
 }  // namespace
 
 template <class T>
@@ -144,28 +168,27 @@ void nonlocal_prepare(const NonlocalParams& p, int64_t begin, int64_t end) {
   constexpr int kQ = kQueries<T>;
   const int64_t D = p.width;
   Buffer<T> lanes(kQ * D);
-  Buffer<double> sum(D);
-  Buffer<int64_t> finite(D);
+  Buffer<double> sum(kGroups * D);
+  Buffer<int64_t> finite(kGroups * D);
   for (int64_t bh = begin; bh < end; bh++) {
     const int64_t b = bh / p.heads, h = bh % p.heads, count = allowed_keys(p, b);
-    T* centre = p.bandwidth ? static_cast<T*>(p.centre) + bh * D : nullptr;
+    T* centre = p.centre ? static_cast<T*>(p.centre) + bh * D : nullptr;
     if (centre) {
-      for (int64_t d = 0; d < D; d++) sum[d] = 0, finite[d] = 0;
-      for_key_lanes<T>(p, p.key, b, h, 0, count, D, lanes, [&](int64_t, int64_t n) {
+      for (int64_t d = 0; d < kGroups * D; d++) sum[d] = 0, finite[d] = 0;
+      for_key_lanes<T>(p, p.key, b, h, 0, count, D, lanes, [&](int64_t j, int64_t n) {
         for (int64_t d = 0; d < D; d++) {
-          T part = 0;
-          int64_t usable = 0;
           for (int64_t i = 0; i < n; i++) {
             const T x = lanes[d * kQ + i];
             const bool ok = x - x == 0;  // a NaN or an infinity must not spoil the other keys
-            part += ok ? x : T(0);
-            usable += ok;
+            const int64_t at = d * kGroups + (j + i) % kGroups;
+            sum[at] += ok ? x : T(0);
+            finite[at] += ok;
           }
-          sum[d] += part;
-          finite[d] += usable;
         }
       });
-      for (int64_t d = 0; d < D; d++) centre[d] = finite[d] ? T(sum[d] / finite[d]) : T(0);
+      for (int64_t d = 0; d < D; d++)
+        centre[d] = p.bandwidth ? mean<T>(sum + d * kGroups, finite + d * kGroups)
+                                : common_offset<T>(sum + d * kGroups, finite + d * kGroups);
     }
     T largest = 0;
     if (p.normalize)

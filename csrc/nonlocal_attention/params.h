@@ -27,7 +27,9 @@ struct NonlocalParams {
   // Of the keys that key_mask allows, in order: how many for each sample and where; null without a mask.
   const int64_t* key_count;  // [B]
   const int64_t* key_index;  // [B, M]
-  // By nonlocal_prepare, in the compute type: mean key of a Gaussian [B, h, D], largest norm of a (centred) key [B, h].
+  // By nonlocal_prepare, in the compute type: what is subtracted from the keys [B, h, D], or nullptr (a Gaussian's mean
+  // key; for softmax their common offset, which each row's sum of deltas, zero but for rounding, would carry into
+  // dquery), and the largest norm of a key after it [B, h].
   void* centre;
   void* radius;
   // Of the rows, in the compute type [B, h, N]: shift of the base-2 exponent (the maximum, or a bound of it), and

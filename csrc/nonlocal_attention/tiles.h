@@ -255,7 +255,12 @@ DNL_INLINE int64_t allowed_keys(const NonlocalParams& p, int64_t b) { return p.k
 
 template <class T>
 DNL_INLINE const T* centre_of(const NonlocalParams& p, int64_t b, int64_t h) {
-  return p.bandwidth ? static_cast<const T*>(p.centre) + (b * p.heads + h) * p.width : nullptr;
+  return p.centre ? static_cast<const T*>(p.centre) + (b * p.heads + h) * p.width : nullptr;
+}
+// A product's rows shift as a whole when the keys alone move, and softmax does not see it; a distance needs both.
+template <class T>
+DNL_INLINE const T* query_centre(const NonlocalParams& p, const T* centre) {
+  return p.bandwidth ? centre : nullptr;
 }
 
 // Calls body(j, n) after each n <= kQueries (whole groups, but for the last) of the allowed keys [first, first + count) of t, those from first + j on, have

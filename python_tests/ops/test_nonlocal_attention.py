@@ -323,6 +323,24 @@ def test_gaussian_rows_that_see_mostly_themselves_are_more_accurate_than_eager(i
         assert ratio <= limits[name], name
 
 
+@pytest.mark.parametrize("outlier", [False, True])
+def test_what_keys_and_values_have_in_common_costs_no_accuracy(isa, outlier):
+    """Biased projections: each row's deltas sum to the rounding of doutput . output, which must not meet their offset.
+    One key far away must not be taken for an offset."""
+    ours, eager = [], []
+    for _ in range(9):
+        query, key, value = (torch.randn(2, 1, 256, 16) for _ in range(3))
+        if outlier:
+            key[:, :, 7] = 1e4 * torch.randn(16)
+        else:
+            key, value = key + 3 * torch.randn(16), value + 3 * torch.randn(16)
+        tensors = [query, key, value, None]
+        exact = run([*(t.double() for t in tensors[:3]), None], "reference", kernel="softmax")[1][0]
+        for errors, backend in ((ours, "cpu"), (eager, "reference")):
+            errors.append(relative_error(run(tensors, backend, kernel="softmax")[1][0], exact))
+    assert median(ours) <= 2 * median(eager), (ours, eager)
+
+
 @every_dtype
 def test_masked_rows_give_zeros_and_zero_gradients(dtype):
     q, k, v = (torch.randn(2, 2, 9, 4, dtype=dtype) for _ in range(3))
