@@ -122,6 +122,14 @@ def _log_once(op: str, backend: str, why: str) -> None:
     log.info("%s: not using the %s backend: %s", op, backend, why)
 
 
+def allows_tf32(dtype: torch.dtype) -> bool:
+    """Whether torch's setting lets a GPU multiply matrices of this type as tf32: by
+    `torch.backends.cuda.matmul.fp32_precision`, which `allow_tf32` beside it and `torch.set_float32_matmul_precision`
+    set as well. It is off by default, and holds for convolutions too: cudnn's own switch is on by default, and here a
+    user of float32 gets float32."""
+    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def shared_memory(device: torch.device) -> int:
     """Bytes that a block of threads may have."""
     if device.type != "cuda":

@@ -270,6 +270,9 @@ SCHEMAS: dict[str, Schema] = {
             *(weight.new_empty(weight.shape[i]) for i in (0, 1, 1)),
         ),
     ),
+    # CUDA: float32 multiplied as tf32, where torch's setting allows it
+    "dense_conv2d_tf32_fwd": Schema(f"{_DENSE_FWD} -> Tensor", _dense_conv2d_fwd),
+    "dense_conv2d_tf32_bwd": Schema(_DENSE_BWD, _dense_bwd),
     "nonlocal_attention_fwd": Schema(
         "(Tensor query, Tensor key, Tensor value, Tensor? bandwidth, Tensor? key_mask, float scale, bool normalize,"
         " bool causal, bool channels_first) -> (Tensor, Tensor, Tensor)",

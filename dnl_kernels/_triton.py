@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._backend import allows_tf32
+
 VECTOR = 16  # bytes of the widest access of a thread
 TABLE_LENGTHS = (8, 64)  # how many tensors one launch writes into a pointer table
 
@@ -30,7 +32,7 @@ def architecture() -> int:
 
 def dot_precision() -> str:
     """How float32 matrices are multiplied: in tf32 only where the user allowed it."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if allows_tf32(torch.float32) else "ieee"
 
 
 def power_of_two(n: int, least: int = 1, most: int = 1 << 30) -> int:

@@ -6,15 +6,10 @@
 // consecutive positions is the m of a matrix product (common/conv.h does the same on the CPU).
 //
 // Half types are kept as octets of channels, [octet][position][8], so that ldmatrix takes any 8 consecutive positions of
-// any tap without a bank conflict and mma.sync multiplies; float32 is kept as [channel][position] and multiplied by FFMA.
+// any tap without a bank conflict and mma.sync multiplies; float32 is kept as [channel][position] and multiplied by FFMA,
+// or, with kTf32, as tf32 by mma.sync: what is an operand there is rounded when it is put into shared memory.
 #pragma once
 #include "common/activation.cuh"
-
-#ifdef __CUDACC__
-#define DNL_EITHER __host__ __device__
-#else
-#define DNL_EITHER
-#endif
 
 namespace dnl {
 
@@ -63,6 +58,12 @@ struct ConvElement {
   static constexpr int kPixels = 16 / sizeof(T);   // that a thread loads at once
   static constexpr int kGroups = kChunk / kGroup;
 };
+
+template <bool kTf32, class T>
+DNL_DEVICE T as_operand(T v) {
+  if constexpr (kTf32) return to_tf32(v);
+  else return v;
+}
 
 // The tile of a block of threads.
 struct ConvTile {
@@ -183,8 +184,8 @@ DNL_DEVICE int tap_offset(const ConvTiling& t, int tap) {
 }
 
 // Filters of a chunk in shared memory. Half types: [output][tap][16], rows an odd number of 16 bytes apart; float32:
-// [channel][tap][output].
-template <class T, int kOctets>
+// [channel][tap][output]; tf32: [tap][output][8].
+template <class T, int kOctets, bool kTf32 = false>
 struct ConvFilters {
   static constexpr int kOutputs = 8 * kOctets;
   DNL_EITHER static int row(int taps) { return taps * 16 + 8; }
@@ -198,22 +199,44 @@ struct ConvFilters {
     for (int i = threadIdx.x; i < kOutputs * inner; i += blockDim.x) {
       const int output = i / inner, channel = i % inner / taps, tap = i % taps;
       const int place = ConvElement<T>::kHalf ? output * row(taps) + tap * 16 + channel
+                        : kTf32               ? (tap * kOutputs + output) * 8 + channel
                                               : (channel * taps + tap) * kOutputs + output;
-      to[place] = value(output, channel, tap);
+      to[place] = as_operand<kTf32>(value(output, channel, tap));
     }
   }
 };
 
 // sum += the products of a chunk's planes and filters, at the blocks of 16 positions that are this warp's: every
-// `warps`-th one. Half types: the fragments of mma.sync. float32: two lanes share a position, each takes one half of the
-// outputs.
-template <class T, int kOctets>
+// `warps`-th one. Half types, tf32: the fragments of mma.sync, where the k of a tf32 product is channel 2 k for k < 4, else
+// 2 k - 7: so a lane's two channels are neighbours, and the planes' length keeps the lanes apart. float32: two lanes share
+// a position, each takes one half of the outputs.
+template <class T, int kOctets, bool kTf32 = false>
 DNL_DEVICE void conv_products(float (&sum)[kConvBlocksPerWarp][4 * kOctets], const T* planes, const T* filters,
                               const ConvTiling& t, int taps, int blocks) {
   using E = ConvElement<T>;
-  using Filters = ConvFilters<T, kOctets>;
+  using Filters = ConvFilters<T, kOctets, kTf32>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  if constexpr (E::kHalf) {
+  if constexpr (kTf32) {
+    const T* from = planes + lane % 4 * 2 * t.length + t.origin + lane / 4;
+    const T* filter = filters + lane / 4 * 8 + lane % 4 * 2;
+#pragma unroll 1
+    for (int tap = 0; tap < taps; tap++, filter += Filters::kOutputs * 8) {
+      const T* shifted = from + tap_offset(t, tap);
+      float2 b[kOctets];
+#pragma unroll
+      for (int o = 0; o < kOctets; o++) b[o] = *reinterpret_cast<const float2*>(filter + o * 64);
+#pragma unroll
+      for (int m = 0; m < kConvBlocksPerWarp; m++) {
+        const int block = m * warps + warp;
+        if (block >= blocks) break;
+        const T* x = shifted + block * 16;
+        const float a[4] = {x[0], x[8], x[t.length], x[t.length + 8]};
+#pragma unroll
+        for (int o = 0; o < kOctets; o++)
+          mma_m16n8k8(*reinterpret_cast<float(*)[4]>(&sum[m][4 * o]), a, b[o].x, b[o].y);
+      }
+    }
+  } else if constexpr (E::kHalf) {
     const T* from = planes + (lane / 16 * t.length + t.origin + lane % 16) * 8;
     const T* filter = filters + lane % 8 * Filters::row(taps) + lane / 8 % 2 * 8;
 #pragma unroll 1
@@ -254,12 +277,12 @@ DNL_DEVICE void conv_products(float (&sum)[kConvBlocksPerWarp][4 * kOctets], con
 }
 
 // What a lane holds of block m: calls body(output, position from the tile's first pixel, its sum).
-template <class T, int kOctets, class Body>
+template <class T, int kOctets, bool kTf32 = false, class Body>
 DNL_DEVICE void for_each_sum(const float (&sum)[4 * kOctets], int block, Body body) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int e = 0; e < 4 * kOctets; e++) {
-    if constexpr (ConvElement<T>::kHalf)
+    if constexpr (ConvElement<T>::kHalf || kTf32)
       body(e / 4 * 8 + lane % 4 * 2 + e % 2, block * 16 + lane / 4 + e % 4 / 2 * 8, sum[e]);
     else
       body(lane / 16 * 4 * kOctets + e, block * 16 + lane % 16, sum[e]);

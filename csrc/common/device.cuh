@@ -14,6 +14,11 @@
 #include <type_traits>
 
 #define DNL_DEVICE __device__ __forceinline__
+#ifdef __CUDACC__
+#define DNL_EITHER __host__ __device__
+#else
+#define DNL_EITHER
+#endif
 
 // T name[count] in shared memory; T* name = the dynamic shared memory of the launch (16-byte aligned).
 #ifdef DNL_EMULATOR
@@ -81,7 +86,7 @@ DNL_DEVICE uint32_t pack(float low, float high) {
 template <class T>
 DNL_DEVICE float2 unpack(uint32_t pair) {
   T values[2];
-  memcpy(values, &pair, sizeof values);
+  memcpy(static_cast<void*>(values), &pair, sizeof values);
   return make_float2(to_float(values[0]), to_float(values[1]));
 }
 
@@ -188,6 +193,32 @@ DNL_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
   else
     DNL_MMA("f16");
 #undef DNL_MMA
+#endif
+}
+
+// ---- tf32: a float with 10 bits of mantissa, rounded to nearest, ties away from zero ----
+DNL_DEVICE float to_tf32(float v) {
+#ifdef DNL_EMULATOR
+  return emulator::to_tf32(v);
+#else
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return __uint_as_float(bits);
+#endif
+}
+
+// d += a b: a is 16x8, b 8x8, both of tf32, d 16x8 in float. Lane l, g = l / 4, t = l % 4: a holds (g, t), (g+8, t),
+// (g, t+4), (g+8, t+4), b (t, g), (t+4, g), d as above ----
+DNL_DEVICE void mma_m16n8k8(float (&d)[4], const float (&a)[4], float b0, float b1) {
+#ifdef DNL_EMULATOR
+  const float b[2] = {b0, b1};
+  emulator::mma_m16n8k8(d, a, b);
+#else
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+               "{%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+                 "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 #endif
 }
 

@@ -13,7 +13,7 @@ constexpr int kConvMaxTaps = 9;  // their weight gradients are in registers
 constexpr int kConvPair = 2;      // blocks of positions that share the filters' fragments
 
 // Shared memory of the backward kernel, in elements of T from its start.
-template <class T>
+template <class T, bool kTf32>
 struct ConvBackwardShared {
   static constexpr int kSlots = 4;
   int dy, activated, x, filters, slots, total;  // slots: where warps add up their fragments
@@ -28,10 +28,13 @@ struct ConvBackwardShared {
     x = activated + kChunk * length;
     filters = x + kChunk * length;
     slots = filters + (sizeof(T) == 2 ? kChunk * filter_row : kChunk * 8 * octets * taps);
-    total = slots + (in_place() ? 0 : kSlots * slot(taps) * 2);
+    total = slots + (in_place() ? 0 : kSlots * slot(taps) * 4 / static_cast<int>(sizeof(T)));
   }
-  DNL_EITHER bool in_place() const { return sizeof(T) == 4 || octets == 1; }  // the slots lie in `activated`, used no more
-  DNL_EITHER static int slot(int taps) { return 128 * taps; }  // floats
+  // Whether there are no slots, or they lie in `activated`, which is used no more.
+  DNL_EITHER bool in_place() const { return !kTensorCores || octets == 1; }
+  static constexpr bool kTensorCores = sizeof(T) == 2 || kTf32;
+  DNL_EITHER static constexpr int fragments(int taps) { return kTf32 ? (taps + 1) / 2 : taps; }  // of a weight gradient
+  DNL_EITHER static int slot(int taps) { return 128 * fragments(taps); }  // floats
 };
 
 // Adds to this block's own row of partial sums; `fresh`: nothing is there yet.
@@ -40,9 +43,9 @@ DNL_DEVICE void add_partial(float* p, float value, bool fresh) {
 }
 
 // The filters of a chunk for the transposed convolution. Half types: [channel][(tap, octet), 8 outputs]; float32:
-// [output][tap][channel].
-template <class T>
-DNL_DEVICE void load_transposed(T* to, const ConvCommon& p, const ConvBackwardShared<T>& shared, int first) {
+// [output][tap][channel]; tf32: [(tap, octet)][channel][8 outputs].
+template <class T, bool kTf32>
+DNL_DEVICE void load_transposed(T* to, const ConvCommon& p, const ConvBackwardShared<T, kTf32>& shared, int first) {
   constexpr int kChunk = ConvElement<T>::kChunk;
   const int inner = kChunk * p.taps, outputs = 8 * shared.octets;
   for (int i = threadIdx.x; i < outputs * inner; i += blockDim.x) {
@@ -53,22 +56,26 @@ DNL_DEVICE void load_transposed(T* to, const ConvCommon& p, const ConvBackwardSh
                           (static_cast<int64_t>(output) * p.channels + first) * p.taps + i % inner);
     if constexpr (ConvElement<T>::kHalf)
       to[channel * shared.filter_row + (tap * shared.octets + output / 8) * 8 + output % 8] = value;
+    else if constexpr (kTf32)
+      to[((tap * shared.octets + output / 8) * kChunk + channel) * 8 + output % 8] = to_tf32(value);
     else
       to[(output * p.taps + tap) * kChunk + channel] = value;
   }
 }
 
 // v at positions of the tile, times act'(u): sums g and g x, and leaves dx in the place of x. Half types: lane l holds
-// channels 2 (l % 4) and + 1 of each octet; float32: two lanes share a position, each takes four channels.
-template <class T>
-DNL_DEVICE void pull_back(const ConvBackward& p, const ConvBackwardShared<T>& shared, const ConvPlane<T>* table,
+// channels 2 (l % 4) and + 1 of each octet; float32: two lanes share a position, each takes four channels; tf32: as half
+// types, of one octet.
+template <class T, bool kTf32>
+DNL_DEVICE void pull_back(const ConvBackward& p, const ConvBackwardShared<T, kTf32>& shared, const ConvPlane<T>* table,
                           const T* dy, T* x, const T* filters, const int* group_offsets, const uint32_t* interior,
                           int blocks, float* scratch) {
   using E = ConvElement<T>;
-  constexpr int kMine = 4;  // channels of a lane
+  constexpr bool kFragments = E::kHalf || kTf32;  // as mma.sync leaves them
+  constexpr int kMine = kTf32 ? 2 : 4;             // channels of a lane
   const ConvTiling& t = p.tiling;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const auto channel_of = [&](int k) { return E::kHalf ? k / 2 * 8 + lane % 4 * 2 + k % 2 : lane / 16 * 4 + k; };
+  const auto channel_of = [&](int k) { return kFragments ? k / 2 * 8 + lane % 4 * 2 + k % 2 : lane / 16 * 4 + k; };
   float scale[kMine], shift[kMine], sums[kMine] = {}, moments[kMine] = {};
 #pragma unroll
   for (int k = 0; k < kMine; k++) {
@@ -132,6 +139,40 @@ DNL_DEVICE void pull_back(const ConvBackward& p, const ConvBackwardShared<T>& sh
 #pragma unroll
         for (int i = 0; i < 4; i++) *word(i / 2, i % 2) = pack<T>(xs[i / 2][i % 2 * 2], xs[i / 2][i % 2 * 2 + 1]);
       }
+    } else if constexpr (kTf32) {
+      float v[kConvPair][4] = {};
+      const T* filter = filters + lane / 4 * 8 + lane % 4 * 2;
+#pragma unroll 1
+      for (int product = 0; product < p.taps * shared.octets; product++, filter += E::kChunk * 8) {
+        const float2 b = *reinterpret_cast<const float2*>(filter);
+        const T* from = dy + group_offsets[product] + lane % 4 * 2 * t.length + t.origin + block * 16 + lane / 4;
+#pragma unroll
+        for (int m = 0; m < kConvPair; m++) {
+          if (block + m >= blocks) break;
+          const T* g = from + m * 16;
+          const float a[4] = {g[0], g[8], g[t.length], g[t.length + 8]};
+          mma_m16n8k8(v[m], a, b.x, b.y);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kConvPair; m++) {
+        if (block + m >= blocks) break;
+        // Two positions, g and g + 8, by two channels; outside of the images v counts as 0.
+        float xs[2][kMine], vs[2][kMine];
+        const auto place = [&](int i) -> T& {
+          return x[channel_of(i % 2) * t.length + t.origin + (block + m) * 16 + lane / 4 + i / 2 * 8];
+        };
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const bool inside = interior[block + m] >> (lane / 4 + i / 2 * 8) & 1;
+          xs[i / 2][i % 2] = inside ? place(i) : 0.0f;
+          vs[i / 2][i % 2] = inside ? v[m][i] : 0.0f;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) finish(vs[half], xs[half]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) place(i) = xs[i / 2][i % 2];
+      }
     } else {
       float v[kConvPair][kMine] = {};
       const T* filter = filters + lane / 16 * 4;
@@ -167,20 +208,21 @@ DNL_DEVICE void pull_back(const ConvBackward& p, const ConvBackwardShared<T>& sh
 #pragma unroll
   for (int k = 0; k < kMine; k++) {  // over the lanes that hold the same channels
 #pragma unroll
-    for (int bit = E::kHalf ? 16 : 8; bit >= (E::kHalf ? 4 : 1); bit /= 2) {
+    for (int bit = kFragments ? 16 : 8; bit >= (kFragments ? 4 : 1); bit /= 2) {
       sums[k] += __shfl_xor_sync(kFullWarp, sums[k], bit);
       moments[k] += __shfl_xor_sync(kFullWarp, moments[k], bit);
     }
-    if (E::kHalf ? lane < 4 : lane % 16 == 0) {
+    if (kFragments ? lane < 4 : lane % 16 == 0) {
       scratch[(warp * E::kChunk + channel_of(k)) * 2] = sums[k];
       scratch[(warp * E::kChunk + channel_of(k)) * 2 + 1] = moments[k];
     }
   }
 }
 
-// The weight gradient of a chunk and one octet of outputs. Half types: warps share the positions, then add their
-// fragments in a fixed order through `slots`; float32: a warp takes a channel.
-template <class T>
+// The weight gradient of a chunk and one octet of outputs. Half types, tf32: warps share the positions, then add their
+// fragments in a fixed order through `slots`; float32: a warp takes a channel. The 16 rows of a fragment are the chunk's
+// channels for one tap; of tf32, its 8 channels for two taps.
+template <class T, bool kTf32>
 DNL_DEVICE void weight_gradient(const ConvBackward& p, const T* activated, const T* dy, const uint32_t* interior,
                                 int blocks, float* slots, int slot_count, float* partial, int first_channel,
                                 int first_output, bool fresh) {
@@ -194,40 +236,69 @@ DNL_DEVICE void weight_gradient(const ConvBackward& p, const T* activated, const
     if (channel < p.channels && output < p.outputs)
       add_partial(partial + (static_cast<int64_t>(output) * p.channels + channel) * taps + tap, value, fresh);
   };
-  if constexpr (E::kHalf) {
-    float sum[kConvMaxTaps][4] = {};
-    const T* from = activated + (lane / 8 % 2 * t.length + t.origin + lane / 16 * 8 + lane % 8) * 8;
-    for (int block = warp; block < blocks; block += warps) {
-      uint32_t b[2];
-      ldmatrix<2, true>(b, dy + (t.origin + block * 16 + lane % 16) * 8);
-      if (block == blocks - 1) {  // what follows the last pixel may be a neighbour's
-        const uint32_t inside = interior[block] >> (lane % 4 * 2);
-        b[0] &= (inside & 1 ? 0xffffu : 0u) | (inside & 2 ? 0xffff0000u : 0u);
-        b[1] &= (inside & 0x100 ? 0xffffu : 0u) | (inside & 0x200 ? 0xffff0000u : 0u);
-      }
+  if constexpr (E::kHalf || kTf32) {
+    using Shared = ConvBackwardShared<T, kTf32>;
+    constexpr int kMost = Shared::fragments(kConvMaxTaps);
+    const int fragments = Shared::fragments(taps);
+    float sum[kMost][4] = {};
+    if constexpr (kTf32) {
+      const T* from = activated + lane / 4 * t.length + t.origin + lane % 4;
+      const T* gradient = dy + lane / 4 * t.length + t.origin + lane % 4;
+      for (int block = warp; block < blocks; block += warps) {
+        float b[4];
 #pragma unroll
-      for (int k = 0; k < kConvMaxTaps; k++) {
-        if (k >= taps) break;
-        uint32_t a[4];
-        ldmatrix<4, true>(a, from + (block * 16 + tap_offset(t, k)) * 8);
-        mma_m16n8k16<T>(sum[k], a, b[0], b[1]);
+        for (int i = 0; i < 4; i++) b[i] = gradient[block * 16 + 4 * i];
+        if (block == blocks - 1) {  // what follows the last pixel may be a neighbour's
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            if (!(interior[block] >> (4 * i + lane % 4) & 1)) b[i] = 0;
+        }
+#pragma unroll
+        for (int k = 0; k < kMost; k++) {
+          if (k >= fragments) break;
+          const T* x = from + block * 16;
+          const int low = tap_offset(t, 2 * k), high = tap_offset(t, 2 * k + 1 < taps ? 2 * k + 1 : 2 * k);
+#pragma unroll
+          for (int half = 0; half < 16; half += 8) {
+            const float a[4] = {x[low + half], x[high + half], x[low + half + 4], x[high + half + 4]};
+            mma_m16n8k8(sum[k], a, b[half / 4], b[half / 4 + 1]);
+          }
+        }
+      }
+    } else {
+      const T* from = activated + (lane / 8 % 2 * t.length + t.origin + lane / 16 * 8 + lane % 8) * 8;
+      for (int block = warp; block < blocks; block += warps) {
+        uint32_t b[2];
+        ldmatrix<2, true>(b, dy + (t.origin + block * 16 + lane % 16) * 8);
+        if (block == blocks - 1) {  // what follows the last pixel may be a neighbour's
+          const uint32_t inside = interior[block] >> (lane % 4 * 2);
+          b[0] &= (inside & 1 ? 0xffffu : 0u) | (inside & 2 ? 0xffff0000u : 0u);
+          b[1] &= (inside & 0x100 ? 0xffffu : 0u) | (inside & 0x200 ? 0xffff0000u : 0u);
+        }
+#pragma unroll
+        for (int k = 0; k < kConvMaxTaps; k++) {
+          if (k >= taps) break;
+          uint32_t a[4];
+          ldmatrix<4, true>(a, from + (block * 16 + tap_offset(t, k)) * 8);
+          mma_m16n8k16<T>(sum[k], a, b[0], b[1]);
+        }
       }
     }
     __syncthreads();  // everyone is done with `activated`, where the slots may lie
     for (int alive = warps; alive > 1;) {
       const int kept = alive - (alive / 2 < slot_count ? alive / 2 : slot_count);
-      float* slot = slots + (warp >= kept ? warp - kept : warp) * taps * 128 + lane * 4;
+      float* slot = slots + (warp >= kept ? warp - kept : warp) * fragments * 128 + lane * 4;
       if (warp >= kept && warp < alive) {
 #pragma unroll
-        for (int k = 0; k < kConvMaxTaps; k++)
-          if (k < taps)
+        for (int k = 0; k < kMost; k++)
+          if (k < fragments)
             *reinterpret_cast<Pack<float, 4>*>(slot + k * 128) = {{sum[k][0], sum[k][1], sum[k][2], sum[k][3]}};
       }
       __syncthreads();
       if (warp < alive - kept) {
 #pragma unroll
-        for (int k = 0; k < kConvMaxTaps; k++) {
-          if (k >= taps) break;
+        for (int k = 0; k < kMost; k++) {
+          if (k >= fragments) break;
           const Pack<float, 4> other = *reinterpret_cast<const Pack<float, 4>*>(slot + k * 128);
 #pragma unroll
           for (int e = 0; e < 4; e++) sum[k][e] += other.values[e];
@@ -238,10 +309,13 @@ DNL_DEVICE void weight_gradient(const ConvBackward& p, const T* activated, const
     }
     if (warp == 0) {
 #pragma unroll
-      for (int k = 0; k < kConvMaxTaps; k++) {
-        if (k >= taps) break;
+      for (int k = 0; k < kMost; k++) {
+        if (k >= fragments) break;
 #pragma unroll
-        for (int e = 0; e < 4; e++) add(lane / 4 + e / 2 * 8, lane % 4 * 2 + e % 2, k, sum[k][e]);
+        for (int e = 0; e < 4; e++) {
+          const int tap = kTf32 ? 2 * k + e / 2 : k;
+          if (tap < taps) add(lane / 4 + (kTf32 ? 0 : e / 2 * 8), lane % 4 * 2 + e % 2, tap, sum[k][e]);
+        }
       }
     }
   } else {
@@ -276,7 +350,7 @@ DNL_DEVICE void weight_gradient(const ConvBackward& p, const T* activated, const
   }
 }
 
-template <class T>
+template <class T, bool kTf32>
 __global__ void __launch_bounds__(32 * kConvMaxWarps, 1)
     dense_conv2d_bwd_kernel(const __grid_constant__ ConvBackward p) {
   using E = ConvElement<T>;
@@ -288,7 +362,7 @@ __global__ void __launch_bounds__(32 * kConvMaxWarps, 1)
   static_assert(kConvSharedBytes + sizeof table + sizeof scratch + sizeof group_offsets + sizeof interior <= 99 << 10);
   DNL_DYNAMIC_SHARED(T, memory);
   const ConvTiling& t = p.tiling;
-  const ConvBackwardShared<T> shared(t.length, p.outputs, p.taps);
+  const ConvBackwardShared<T, kTf32> shared(t.length, p.outputs, p.taps);
   T *dy = memory + shared.dy, *activated = memory + shared.activated, *x = memory + shared.x;
   T* filters = memory + shared.filters;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -296,7 +370,7 @@ __global__ void __launch_bounds__(32 * kConvMaxWarps, 1)
   float* const partial = p.partial.data + blockIdx.x * p.partial.row;
   for (int i = threadIdx.x; i < 2 * shared.products; i += blockDim.x) {
     const int tap = i / shared.octets;  // the last one may be a filler whose filter is 0
-    group_offsets[i] = tap < p.taps ? i % shared.octets * t.length - tap_offset(t, tap) : 0;
+    group_offsets[i] = tap < p.taps ? i % shared.octets * (kTf32 ? 8 : 1) * t.length - tap_offset(t, tap) : 0;
   }
 
   for (int64_t number = blockIdx.x; number < t.tiles(); number += gridDim.x) {
@@ -331,17 +405,21 @@ __global__ void __launch_bounds__(32 * kConvMaxWarps, 1)
       sum = warp_sum(sum);
       if (lane == 0) add_partial(partial + p.partial.weights + p.partial.moments + output, sum, fresh);
     }
+    if constexpr (kTf32) {  // an operand from here on
+      __syncthreads();
+      for (int i = threadIdx.x; i < 8 * shared.octets * t.length; i += blockDim.x) dy[i] = to_tf32(dy[i]);
+    }
 
     for (int first = 0; first < p.channels; first += E::kChunk) {
       find_planes<T>(table, p, p.need_states ? p.dstates : nullptr, tile, first);
-      if (first && E::kHalf && shared.in_place()) fill_zero(activated, E::kChunk * t.length * sizeof(T));
+      if (first && shared.kTensorCores && shared.in_place()) fill_zero(activated, E::kChunk * t.length * sizeof(T));
       __syncthreads();
-      stage<T>(activated, x, table, E::kGroups, t, tile, p.activation, true, p.vectors);
-      if (pull) load_transposed<T>(filters, p, shared, first);
+      stage<T, kTf32>(activated, x, table, E::kGroups, t, tile, p.activation, true, p.vectors);
+      if (pull) load_transposed<T, kTf32>(filters, p, shared, first);
       __syncthreads();
-      if (pull) pull_back<T>(p, shared, table, dy, x, filters, group_offsets, interior, blocks, scratch);
+      if (pull) pull_back<T, kTf32>(p, shared, table, dy, x, filters, group_offsets, interior, blocks, scratch);
       for (int octet = 0; p.need_weight && octet < shared.octets; octet++)
-        weight_gradient<T>(p, activated, dy + octet * 8 * t.length, interior, blocks,
+        weight_gradient<T, kTf32>(p, activated, dy + octet * 8 * t.length, interior, blocks,
                            reinterpret_cast<float*>(shared.in_place() ? activated : memory + shared.slots),
                            shared.in_place() ? kConvMaxWarps : shared.kSlots,
                            partial, first, octet * 8, fresh);

@@ -98,10 +98,19 @@ int threads_of(int blocks, int blocks_per_warp) {
   return 32 * static_cast<int>(std::clamp<int64_t>(ceil_div(blocks, blocks_per_warp), 4, kConvMaxWarps));
 }
 
+// Runs body(a constant): whether float32 is multiplied as tf32.
+template <class T, class Body>
+void with_tf32(bool tf32, Body body) {
+  DNL_CHECK(!tf32 || sizeof(T) == 4, "dense_conv2d: tf32 is a way to multiply float32");
+  if constexpr (sizeof(T) == 4)
+    if (tf32) return body(std::true_type{});
+  body(std::false_type{});
+}
+
 std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& states, const Tensor& weight,
                                    const std::optional<Tensor>& bias, const std::optional<Tensor>& norm_scale,
                                    const std::optional<Tensor>& norm_shift, const std::string& activation,
-                                   double scale, bool want_moments) {
+                                   double scale, bool want_moments, bool tf32 = false) {
   ConvForward p;
   Prepared r = prepare(states, weight, norm_scale, norm_shift, activation, scale, p);
   p.bias = keep(r, bias, weight, p.outputs, "bias");
@@ -123,11 +132,14 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& states, const Tens
   Launcher launch(y);
   dispatch_device("dense_conv2d", weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = octets == 1   ? dense_conv2d_fwd_kernel<T, 1>
-                        : octets == 2 ? dense_conv2d_fwd_kernel<T, 2>
-                                      : dense_conv2d_fwd_kernel<T, 4>;
-    launch("dense_conv2d_fwd", kernel, dim3(tiles), threads_of(p.tiling.blocks(), kConvBlocksPerWarp),
-           shared(p.tiling), p);
+    with_tf32<T>(tf32, [&](auto use_tf32) {
+      constexpr bool kTf32 = decltype(use_tf32)::value;
+      const auto kernel = octets == 1   ? dense_conv2d_fwd_kernel<T, 1, kTf32>
+                          : octets == 2 ? dense_conv2d_fwd_kernel<T, 2, kTf32>
+                                        : dense_conv2d_fwd_kernel<T, 4, kTf32>;
+      launch("dense_conv2d_fwd", kernel, dim3(tiles), threads_of(p.tiling.blocks(), kConvBlocksPerWarp),
+             shared(p.tiling), p);
+    });
   });
   if (want_moments) {
     ConvReduce reduce{};
@@ -147,6 +159,12 @@ Tensor dense_conv2d_fwd(const std::vector<Tensor>& states, const Tensor& weight,
   return std::get<0>(forward(states, weight, bias, norm_scale, norm_shift, activation, scale, false));
 }
 
+Tensor dense_conv2d_tf32_fwd(const std::vector<Tensor>& states, const Tensor& weight, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& norm_scale, const std::optional<Tensor>& norm_shift,
+                             const std::string& activation, double scale) {
+  return std::get<0>(forward(states, weight, bias, norm_scale, norm_shift, activation, scale, false, true));
+}
+
 std::tuple<Tensor, Tensor> dense_conv2d_moments_fwd(const std::vector<Tensor>& states, const Tensor& weight,
                                                     const std::optional<Tensor>& bias,
                                                     const std::optional<Tensor>& norm_scale,
@@ -155,10 +173,12 @@ std::tuple<Tensor, Tensor> dense_conv2d_moments_fwd(const std::vector<Tensor>& s
   return forward(states, weight, bias, norm_scale, norm_shift, activation, scale, true);
 }
 
-std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> dense_conv2d_bwd(
-    const Tensor& dy_in, const std::vector<Tensor>& states, const Tensor& weight,
-    const std::optional<Tensor>& norm_scale, const std::optional<Tensor>& norm_shift, const std::string& activation,
-    double scale, bool need_states, bool need_weight, bool need_bias, bool need_norm) {
+using Gradients = std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward(const Tensor& dy_in, const std::vector<Tensor>& states, const Tensor& weight,
+                   const std::optional<Tensor>& norm_scale, const std::optional<Tensor>& norm_shift,
+                   const std::string& activation, double scale, bool need_states, bool need_weight, bool need_bias,
+                   bool need_norm, bool tf32) {
   ConvBackward p;
   Prepared r = prepare(states, weight, norm_scale, norm_shift, activation, scale, p);
   DNL_CHECK(dy_in.dim() == 4 && dy_in.size(0) == r.batch && dy_in.size(1) == p.outputs && dy_in.size(2) == r.height &&
@@ -191,28 +211,47 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, Tensor, Tensor> dense_conv2d_bwd
   Launcher launch(dy);
   dispatch_device("dense_conv2d", weight.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto layout = [&](const ConvTiling& t) { return ConvBackwardShared<T>(t.length, p.outputs, p.taps); };
-    p.tiling = choose_tiling(r.batch, r.height, r.width, r.radius, [&](const ConvTiling& t) {
-      return 16 * t.blocks() <= kConvMaxPositions && layout(t).total * sizeof(T) <= kConvSharedBytes;
+    with_tf32<T>(tf32, [&](auto use_tf32) {
+      constexpr bool kTf32 = decltype(use_tf32)::value;
+      const auto layout = [&](const ConvTiling& t) { return ConvBackwardShared<T, kTf32>(t.length, p.outputs, p.taps); };
+      p.tiling = choose_tiling(r.batch, r.height, r.width, r.radius, [&](const ConvTiling& t) {
+        return 16 * t.blocks() <= kConvMaxPositions && layout(t).total * sizeof(T) <= kConvSharedBytes;
+      });
+      const auto shared = layout(p.tiling);
+      const int64_t blocks = std::min<int64_t>(p.tiling.tiles(), kConvPartialRows);
+      p.partial.weights = weight.numel();
+      p.partial.moments = 2 * p.channels;
+      p.partial.row = ceil_div(p.partial.weights + p.partial.moments + p.outputs, 32) * 32;  // whole sectors
+      Tensor partial = new_empty(weight, {blocks, p.partial.row}, ScalarType::Float);
+      p.partial.data = static_cast<float*>(partial.data_ptr());
+      int threads = threads_of(p.tiling.blocks(), kConvBlocksPerWarp);
+      if (shared.kTensorCores && shared.in_place())  // half of the warps put their fragments where the activations were
+        while (threads / 64 * shared.slot(p.taps) * 4 > 32 * p.tiling.length) threads -= 32;
+      launch("dense_conv2d_bwd", dense_conv2d_bwd_kernel<T, kTf32>, dim3(blocks), threads, shared.total * sizeof(T), p);
+      const auto data = [](Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; };
+      const ConvReduce reduce{p.partial, blocks,    data(dweight), data(dbias), data(dscale), data(dshift),
+                              p.outputs, p.scale};
+      if (need_weight || need_bias || p.need_norm)
+        launch("dense_conv2d_reduce", dense_conv2d_reduce_kernel<T>, dim3(ceil_div(p.partial.row, 32)), 256, 0, reduce);
     });
-    const auto shared = layout(p.tiling);
-    const int64_t blocks = std::min<int64_t>(p.tiling.tiles(), kConvPartialRows);
-    p.partial.weights = weight.numel();
-    p.partial.moments = 2 * p.channels;
-    p.partial.row = ceil_div(p.partial.weights + p.partial.moments + p.outputs, 32) * 32;  // whole sectors
-    Tensor partial = new_empty(weight, {blocks, p.partial.row}, ScalarType::Float);
-    p.partial.data = static_cast<float*>(partial.data_ptr());
-    int threads = threads_of(p.tiling.blocks(), kConvBlocksPerWarp);
-    if (sizeof(T) == 2 && shared.in_place())  // half of the warps put their fragments where the activations were
-      while (threads / 64 * shared.slot(p.taps) * 4 > 32 * p.tiling.length) threads -= 32;
-    launch("dense_conv2d_bwd", dense_conv2d_bwd_kernel<T>, dim3(blocks), threads, shared.total * sizeof(T), p);
-    const auto data = [](Tensor& t) { return t.numel() ? t.data_ptr() : nullptr; };
-    const ConvReduce reduce{p.partial, blocks,    data(dweight), data(dbias), data(dscale), data(dshift),
-                            p.outputs, p.scale};
-    if (need_weight || need_bias || p.need_norm)
-      launch("dense_conv2d_reduce", dense_conv2d_reduce_kernel<T>, dim3(ceil_div(p.partial.row, 32)), 256, 0, reduce);
   });
   return {dstates, dweight, dbias, dscale, dshift};
+}
+
+Gradients dense_conv2d_bwd(const Tensor& dy, const std::vector<Tensor>& states, const Tensor& weight,
+                           const std::optional<Tensor>& norm_scale, const std::optional<Tensor>& norm_shift,
+                           const std::string& activation, double scale, bool need_states, bool need_weight,
+                           bool need_bias, bool need_norm) {
+  return backward(dy, states, weight, norm_scale, norm_shift, activation, scale, need_states, need_weight, need_bias,
+                  need_norm, false);
+}
+
+Gradients dense_conv2d_tf32_bwd(const Tensor& dy, const std::vector<Tensor>& states, const Tensor& weight,
+                                const std::optional<Tensor>& norm_scale, const std::optional<Tensor>& norm_shift,
+                                const std::string& activation, double scale, bool need_states, bool need_weight,
+                                bool need_bias, bool need_norm) {
+  return backward(dy, states, weight, norm_scale, norm_shift, activation, scale, need_states, need_weight, need_bias,
+                  need_norm, true);
 }
 
 }  // namespace
@@ -222,4 +261,6 @@ DNL_CUDA_LIBRARY(m) {
   m.impl("dense_conv2d_fwd", TORCH_BOX(&dnl::dense_conv2d_fwd));
   m.impl("dense_conv2d_moments_fwd", TORCH_BOX(&dnl::dense_conv2d_moments_fwd));
   m.impl("dense_conv2d_bwd", TORCH_BOX(&dnl::dense_conv2d_bwd));
+  m.impl("dense_conv2d_tf32_fwd", TORCH_BOX(&dnl::dense_conv2d_tf32_fwd));
+  m.impl("dense_conv2d_tf32_bwd", TORCH_BOX(&dnl::dense_conv2d_tf32_bwd));
 }

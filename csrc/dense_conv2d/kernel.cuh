@@ -48,7 +48,7 @@ DNL_DEVICE void find_planes(ConvPlane<T>* table, const ConvCommon& p, void* cons
 }
 
 // Loads the channels of the table into shared memory: `raw` as they are (unless null), `activated` after the prologue.
-template <class T>
+template <class T, bool kTf32 = false>
 DNL_DEVICE void stage(T* activated, T* raw, const ConvPlane<T>* table, int groups, const ConvTiling& t,
                       const ConvTile& tile, Activation activation, bool prologue, bool vectors) {
   using E = ConvElement<T>;
@@ -74,16 +74,20 @@ DNL_DEVICE void stage(T* activated, T* raw, const ConvPlane<T>* table, int group
         }
       }
     }
+    if constexpr (kTf32) {
+#pragma unroll
+      for (int e = 0; e < E::kPixels; e++) v[0][e] = to_tf32(v[0][e]);
+    }
     put_run<T>(activated, t.length, group, position, count, v);
   });
 }
 
 // ---- forward ----
-template <class T, int kOctets>
+template <class T, int kOctets, bool kTf32>
 __global__ void __launch_bounds__(32 * kConvMaxWarps, kOctets > 1 ? 1 : 2)
     dense_conv2d_fwd_kernel(const __grid_constant__ ConvForward p) {
   using E = ConvElement<T>;
-  using Filters = ConvFilters<T, kOctets>;
+  using Filters = ConvFilters<T, kOctets, kTf32>;
   constexpr int kBlocks = kConvBlocksPerWarp;
   DNL_SHARED(ConvPlane<T>, table, E::kChunk);
   DNL_DYNAMIC_SHARED(T, planes);
@@ -98,14 +102,14 @@ __global__ void __launch_bounds__(32 * kConvMaxWarps, kOctets > 1 ? 1 : 2)
   for (int first = 0; first < p.channels; first += E::kChunk) {
     find_planes<T>(table, p, nullptr, tile, first);
     __syncthreads();
-    stage<T>(planes, nullptr, table, E::kGroups, t, tile, p.activation, true, p.vectors);
+    stage<T, kTf32>(planes, nullptr, table, E::kGroups, t, tile, p.activation, true, p.vectors);
     Filters::fill(filters, p.taps, [&](int output, int channel, int tap) {
       const int64_t at = (static_cast<int64_t>(output) * p.channels + first + channel) * p.taps + tap;
       return output < p.outputs && first + channel < p.channels ? load_global(static_cast<const T*>(p.weight) + at)
                                                                 : from_float<T>(0.0f);
     });
     __syncthreads();
-    conv_products<T, kOctets>(sum, planes, filters, t, p.taps, blocks);
+    conv_products<T, kOctets, kTf32>(sum, planes, filters, t, p.taps, blocks);
   }
 
   // Results pass through shared memory, eight outputs at a time, so that rows leave in wide stores.
@@ -118,7 +122,7 @@ __global__ void __launch_bounds__(32 * kConvMaxWarps, kOctets > 1 ? 1 : 2)
     for (int m = 0; m < kBlocks; m++) {
       const int block = m * warps + warp;
       if (block >= blocks) break;
-      for_each_sum<T, kOctets>(sum[m], block, [&](int output, int position, float value) {
+      for_each_sum<T, kOctets, kTf32>(sum[m], block, [&](int output, int position, float value) {
         if (output / 8 == o) rows[output % 8 * t.length + position] = value;
       });
     }

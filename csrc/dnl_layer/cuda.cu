@@ -10,7 +10,7 @@ using torch::stable::contiguous;
 using Optional = std::optional<Tensor>;
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-int round_up4(int64_t n) { return static_cast<int>((n + 3) / 4 * 4); }
+int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
 
 LayerKernel kernel_of(const std::string& name) {
   if (name == "softmax") return LayerKernel::softmax;
@@ -26,7 +26,11 @@ struct Prepared {
   int64_t batch = 0;
 
   bool empty() const { return batch * sizes.positions * sizes.result == 0; }
-  int threads() const { return std::min(kLayerThreads, std::max(64, (sizes.positions + 31) / 32 * 32)); }
+  // A warp for each 32 positions, or for each of the blocks of 16 that tensor cores multiply.
+  int threads() const {
+    const int lanes = sizes.tensor_cores ? 2 * sizes.columns : (sizes.positions + 31) / 32 * 32;
+    return std::min(kLayerThreads, std::max(64, lanes));
+  }
 };
 
 // The state itself where one step leads from each position to the next one, else a copy.
@@ -79,10 +83,15 @@ Prepared prepare(Params& p, const std::vector<Tensor>& states, const Optional& s
   s.heads = static_cast<int>(heads);
   s.query = static_cast<int>(parameters[kQueryWeight]->size(0) / heads);
   s.value = static_cast<int>(parameters[kValueWeight]->size(0) / heads);
-  s.query4 = round_up4(s.query);
-  s.value4 = round_up4(s.value);
-  DNL_CHECK(s.query4 <= kLayerWidth && s.value4 <= kLayerWidth, "dnl_layer: heads are wider than ", kLayerWidth);
-  s.columns = round_up4(s.positions);
+  s.tensor_cores = first.element_size() == 2;
+  const int unit = s.tensor_cores ? 16 : 4;
+  s.query_padded = round_up(s.query, unit);
+  s.value_padded = round_up(s.value, unit);
+  DNL_CHECK(s.query_padded <= kLayerWidth && s.value_padded <= kLayerWidth, "dnl_layer: heads are wider than ",
+            kLayerWidth);
+  s.width_padded = s.tensor_cores ? round_up(s.width, unit) : s.width;
+  s.result_padded = s.tensor_cores ? round_up(s.result, unit) : s.result;
+  s.columns = round_up(s.positions, unit);
   s.stride = s.columns / 4 % 2 ? s.columns : s.columns + 4;
   s.input_activation = activation_of(input_activation);
   s.activation = activation_of(activation);

@@ -59,6 +59,8 @@ void cp_async_wait(int groups_left);
 void ldmatrix(uint32_t* fragments, const void* row, int count, bool transposed);
 enum class Element { f16, bf16 };
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Element element);
+float to_tf32(float value);
+void mma_m16n8k8(float* d, const float* a, const float* b);  // an operand that is no tf32 number is an error
 
 template <class T>
 T shuffle_value(uint32_t mask, T value, int source, const char* kind) {

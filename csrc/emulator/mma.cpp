@@ -1,5 +1,5 @@
 // mma.sync: gathers the lanes' fragments into matrices, multiplies, hands the result back. Layouts: PTX ISA, "Matrix
-// Fragments for mma.m16n8k16 with floating point type"; python_tests/cuda_backend checks them against a second source.
+// Fragments for mma.m16n8k16 with floating point type" and "mma.m16n8k8"; python_tests/cuda_backend checks them against a second source.
 #include "emulator/internal.h"
 
 namespace emulator {
@@ -49,6 +49,51 @@ static EMULATOR_UNSEEN void multiply(void** lanes, uint32_t mask) {
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Element element) {
   Fragments mine{d, a, b, element};
   collective(0xffffffffu, element == Element::bf16 ? "mma.bf16" : "mma.f16", &mine, multiply);
+}
+
+// ---- tf32 ----
+constexpr uint32_t kBeyondTf32 = (1u << 13) - 1;  // the digits of a float that tf32 lacks
+
+EMULATOR_UNSEEN float to_tf32(float value) {
+  if (value != value) return value;
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  if ((bits >> 23 & 0xff) != 0xff) bits = (bits + (1u << 12)) & ~kBeyondTf32;  // may round up to infinity
+  __builtin_memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
+struct Fragments32 {
+  float* d;
+  const float *a, *b;
+};
+
+static EMULATOR_UNSEEN float operand(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  if (value == value && (bits & kBeyondTf32)) fail("mma.tf32: the operand %.9g is no tf32 number", value);
+  return value;
+}
+
+static EMULATOR_UNSEEN void multiply_tf32(void** lanes, uint32_t mask) {
+  if (mask != 0xffffffffu) fail("mma: mask %08x is not a full warp", mask);
+  float a[16][8], b[8][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const Fragments32& f = *static_cast<Fragments32*>(lanes[lane]);
+    for (int i = 0; i < 4; i++) a[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = operand(f.a[i]);
+    for (int i = 0; i < 2; i++) b[lane % 4 + i * 4][lane / 4] = operand(f.b[i]);
+  }
+  for (int lane = 0; lane < 32; lane++) {
+    const Fragments32& f = *static_cast<Fragments32*>(lanes[lane]);
+    for (int i = 0; i < 4; i++)
+      for (int k = 0; k < 8; k++) f.d[i] += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+  }
+  counts.mma++;
+}
+
+void mma_m16n8k8(float* d, const float* a, const float* b) {
+  Fragments32 mine{d, a, b};
+  collective(0xffffffffu, "mma.tf32", &mine, multiply_tf32);
 }
 
 }  // namespace emulator

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,6 +32,7 @@ class Config(NamedTuple):
     activation: str
     scale: float
     backend: str
+    tf32: bool = False  # float32 is multiplied as tf32: only the CUDA kernels' own choice, Triton's asks by itself
 
 
 def dense_conv2d(
@@ -60,7 +61,8 @@ def dense_conv2d(
         backend: None (the best), "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        [B, D, H, W], contiguous, in the dtype of the states. Half types accumulate in float32.
+        [B, D, H, W], contiguous, in the dtype of the states. Half types accumulate in float32. On a GPU float32 is
+        multiplied as tf32 where `torch.backends.cuda.matmul.fp32_precision` is "tf32", and as float32 by default.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value, named in the message.
@@ -87,7 +89,8 @@ def dense_conv2d(
     )
     if chosen == "reference":
         return reference.dense_conv2d(states, weight, bias, norm_scale, norm_shift, activation, scale)
-    return _function(Config(activation, float(scale), chosen), weight, bias, norm_scale, norm_shift, *states)
+    tf32 = chosen.startswith("cuda") and _backend.allows_tf32(weight.dtype)
+    return _function(Config(activation, float(scale), chosen, tf32), weight, bias, norm_scale, norm_shift, *states)
 
 
 def _check_shapes(states: Sequence[Tensor], weight: Tensor, options: dict[str, Tensor | None]) -> None:
@@ -111,10 +114,14 @@ def _check_shapes(states: Sequence[Tensor], weight: Tensor, options: dict[str, T
             check_shape(OP, name, option, (length,), meaning=meaning)
 
 
+def _kernel(config: Config, way: str) -> Callable:
+    return _backend.kernel(config.backend, f"dense_conv2d{'_tf32' if config.tf32 else ''}_{way}")
+
+
 def _forward(config, tensors):
     weight, bias, norm_scale, norm_shift, *states = tensors
     return (
-        _backend.kernel(config.backend, "dense_conv2d_fwd")(
+        _kernel(config, "fwd")(
             states, weight, bias, norm_scale, norm_shift, config.activation, config.scale
         ),
     )
@@ -122,7 +129,7 @@ def _forward(config, tensors):
 
 def _backward(config, dy, tensors, extra, needs):
     weight, _, norm_scale, norm_shift, *states = tensors
-    dstates, dweight, dbias, dscale, dshift = _backend.kernel(config.backend, "dense_conv2d_bwd")(
+    dstates, dweight, dbias, dscale, dshift = _kernel(config, "bwd")(
         dy, states, weight, norm_scale, norm_shift, config.activation, config.scale,
         any(needs[4:]), needs[0], needs[1], needs[2] or needs[3],
     )  # fmt: skip

@@ -34,18 +34,25 @@ class Config(NamedTuple):
 
 def shared_bytes(
     positions: int, width: int, result: int, query: int, value: int, kernel: str, backward: bool, norm: bool,
-    output_norm: bool,
+    output_norm: bool, half: bool,
 ) -> int:  # fmt: skip
-    """The shared memory of a block: LayerLayout and LayerBackwardLayout in csrc/dnl_layer, plus the channel table."""
-    query, value, stride = (-(-n // 4) * 4 for n in (query, value, positions))
-    stride += 4 * (stride // 4 % 2 == 0)
-    weights = max(2 * width * CHUNK, (width + 1) * (2 * query + value) + result * value)
-    rows = width + result + query + value
+    """The shared memory of a block: LayerLayout and LayerBackwardLayout in csrc/dnl_layer, plus the channel tables.
+    half: on tensor cores, whose operands are padded to 16 and kept in 2 bytes."""
+    unit = 16 if half else 4
+    query, value, columns = (-(-n // unit) * unit for n in (query, value, positions))
+    width_padded, result_padded = (-(-n // unit) * unit if half else n for n in (width, result))
+    stride = columns + 4 * (columns // 4 % 2 == 0)
+    matrix = columns / 2 if half else stride  # floats for each channel of a product's operand
+    biases = 2 * query + value
+    weights = max(2 * width_padded * CHUNK, width_padded * biases + result_padded * value) / (2 if half else 1)
+    rows, operands = width + result + half, query + value
+    floats = rows * stride + operands * matrix
     if backward:
-        head = (1 if kernel == "gaussian" else 2) * query + 2 * value + max(query, value) + 3
-        before, after = 2 * result * output_norm, BACKWARD_CHUNK * (3 if norm else 1)
-        rows = 2 * width + result + max(head, before, after)
-    return 4 * (rows * stride + weights) + 2048
+        operands = (1 if kernel == "gaussian" else 2) * query + 2 * value + max(query, value)
+        chunk = 2 * CHUNK * matrix + 8 * 2 * CHUNK if half else BACKWARD_CHUNK * (3 if norm else 1) * stride
+        head = operands * matrix + (3 + half) * stride
+        floats = (2 * width + result) * stride + max(head, chunk, 2 * result * output_norm * stride)
+    return int(4 * (floats + weights + biases)) + 2048
 
 
 def limit(states: Sequence[Tensor], named: dict[str, Tensor | None], config: LayerConfig) -> str | None:
@@ -70,7 +77,8 @@ def limit(states: Sequence[Tensor], named: dict[str, Tensor | None], config: Lay
         any(named[f"{name}_{part}"] is not None for part in ("scale", "shift")) for name in ("norm", "output")
     )
     needed = shared_bytes(
-        positions, affine.shape[0], output.shape[0], *widths, config.kernel, backward, norm, output_norm
+        positions, affine.shape[0], output.shape[0], *widths, config.kernel, backward, norm, output_norm,
+        first.element_size() == 2,
     )
     if needed > (available := _backend.shared_memory(first.device)):
         return (
