@@ -127,7 +127,12 @@ def allows_tf32(dtype: torch.dtype) -> bool:
     `torch.backends.cuda.matmul.fp32_precision`, which `allow_tf32` beside it and `torch.set_float32_matmul_precision`
     set as well. It is off by default, and holds for convolutions too: cudnn's own switch is on by default, and here a
     user of float32 gets float32."""
-    return dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return dtype == torch.float32 and _tf32_setting()
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot trace it, and compiles anew when torch's setting changes
+def _tf32_setting() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def shared_memory(device: torch.device) -> int:

@@ -25,8 +25,8 @@ DTYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 
 class Budget(NamedTuple):
     """A typical launch: threads, dynamic shared memory in bytes. What the kernel must reach in it: no spills, at least
-    this occupancy (or what threads and shared memory allow on the architecture), tensor cores for half types where it
-    multiplies matrices, and, in its widest instance, global accesses of this many bits."""
+    this occupancy (or what threads and shared memory allow on the architecture), tensor cores for half types and tf32
+    where it multiplies matrices, and, in its widest instance, global accesses of this many bits."""
 
     threads: int
     occupancy: float
@@ -42,8 +42,8 @@ BUDGETS = {  # dense_conv2d: images of 32x32, as many outputs as the instance ta
     "dense_conv2d_fwd_kernel": Budget(448, 0.2, shared=39 << 10, tensor_core=True),
     "dense_conv2d_bwd_kernel": Budget(448, 0.2, shared=92 << 10, tensor_core=True),
     "dense_conv2d_reduce_kernel": Budget(256, 0.5, width=32),
-    "dnl_layer_fwd_kernel": Budget(256, 0.25, shared=64 << 10),
-    "dnl_layer_bwd_kernel": Budget(256, 0.12, shared=96 << 10),
+    "dnl_layer_fwd_kernel": Budget(256, 0.25, shared=64 << 10, tensor_core=True),
+    "dnl_layer_bwd_kernel": Budget(256, 0.12, shared=96 << 10, tensor_core=True),
     "dnl_block_fwd_kernel": Budget(288, 0.14, shared=90 << 10, tensor_core=True),  # 16x16, 108 channels of a half type
     "sum_samples_kernel": Budget(256, 0.5, width=32),
 }
@@ -78,13 +78,16 @@ class Row(NamedTuple):
 
 
 def parse(mangled: str) -> tuple[str, str, str]:
-    """Name, element type and the other template arguments of a kernel dnl::name<..>."""
+    """Name, element type and the other template arguments of a kernel dnl::name<..>; tf32 is one of the latter."""
     name = re.match(r"_ZN3dnl(?:\d+_GLOBAL__N__\w*?)?\d+([a-z]\w*?_kernel)(I(.*?)EEv)?", mangled)
     if name is None:
         return mangled, "-", ""
     arguments = name[3] or ""
     dtype = next((DTYPES[key] for key in sorted(DTYPES, key=len, reverse=True) if arguments.startswith(key)), "-")
-    return name[1], dtype, ",".join(re.findall(r"L[a-z](\d+)E?", arguments))
+    constants = re.findall(r"L[a-z](\d+)E?", arguments)
+    if re.fullmatch(r"dense_conv2d_(fwd|bwd)_kernel", name[1]) and int(constants.pop()):
+        dtype = "tf32"
+    return name[1], dtype, ",".join(constants)
 
 
 def rows(library: str = LIBRARY) -> list[Row]:

@@ -74,17 +74,18 @@ CONV_CASES = {
 CONV_BARS = {"fwd": 1.15, "bwd": 1.2}
 
 
-def conv_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]:
-    ops, rows = torch.ops.dnl_emulated, []
+def conv_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype, tf32: bool = False) -> list[Row]:
+    ops, rows, kind_of = torch.ops.dnl_emulated, [], "dense_conv2d" + "_tf32" * tf32
+    forward, backward = getattr(ops, f"{kind_of}_fwd"), getattr(ops, f"{kind_of}_bwd")
     for name, case in CONV_CASES.items():
         given, states = inputs(case, dtype)
         weight, bias, scale, shift = (t for t in given if t is not None)
-        y = ops.dense_conv2d_fwd(states, weight, bias, scale, shift, "relu", 1.0)
+        y = forward(states, weight, bias, scale, shift, "relu", 1.0)
         flops = 2.0 * size(y) / y.element_size() * weight[0].numel()
         parameters = [weight, bias, scale, shift]
         calls = {
-            "fwd": lambda: ops.dense_conv2d_fwd(states, weight, bias, scale, shift, "relu", 1.0),  # noqa: B023
-            "bwd": lambda: ops.dense_conv2d_bwd(
+            "fwd": lambda: forward(states, weight, bias, scale, shift, "relu", 1.0),  # noqa: B023
+            "bwd": lambda: backward(
                 y, states, weight, scale, shift, "relu", 1.0, True, True, True, True  # noqa: B023
             ),
         }  # fmt: skip
@@ -95,7 +96,7 @@ def conv_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row]
         for kind, call in calls.items():
             moved, conflicts, banks = count(emulator, call)
             bar, work = CONV_BARS[kind], flops * (1 if kind == "fwd" else 2)
-            rows.append(Row(f"dense_conv2d_{kind}", name, dtype, compulsory[kind], moved, bar, work, conflicts, banks))
+            rows.append(Row(f"{kind_of}_{kind}", name, dtype, compulsory[kind], moved, bar, work, conflicts, banks))
     return rows
 
 
@@ -180,8 +181,9 @@ def layer_rows(emulator: cuda_emulator.Emulator, dtype: torch.dtype) -> list[Row
 
 
 def rows(emulator: cuda_emulator.Emulator) -> list[Row]:
-    return [row for dtype in (torch.bfloat16, torch.float32) for make in (sum_rows, conv_rows, layer_rows, block_rows)
-            for row in make(emulator, dtype)]  # fmt: skip
+    found = [row for dtype in (torch.bfloat16, torch.float32) for make in (sum_rows, conv_rows, layer_rows, block_rows)
+             for row in make(emulator, dtype)]  # fmt: skip
+    return found + conv_rows(emulator, torch.float32, tf32=True)
 
 
 def text(found: list[Row]) -> str:

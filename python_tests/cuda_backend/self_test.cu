@@ -159,6 +159,19 @@ static void one_mma(const uint32_t* a, const uint32_t* b, float* d) {
   for (int i = 0; i < 4; i++) store_global(d + lane * 4 + i, fd[i]);
 }
 
+// The same of tf32: a [32][4], b [32][2], d [32][4]; `rounded`: by to_tf32 before.
+static void one_mma_tf32(const float* a, const float* b, float* d, int rounded) {
+  const int lane = threadIdx.x;
+  float fa[4], fb[2], fd[4];
+  for (int i = 0; i < 4; i++) fa[i] = load_global(a + lane * 4 + i);
+  for (int i = 0; i < 2; i++) fb[i] = load_global(b + lane * 2 + i);
+  for (int i = 0; i < 4; i++) fd[i] = d[lane * 4 + i];
+  if (rounded)
+    for (float& v : fa) v = to_tf32(v);
+  mma_m16n8k8(fd, fa, fb[0], fb[1]);
+  for (int i = 0; i < 4; i++) store_global(d + lane * 4 + i, fd[i]);
+}
+
 // Each returns null, or what the emulator found.
 static const char* caught(const std::function<void()>& body) {
   static char text[1024];
@@ -206,4 +219,10 @@ DNL_EXPORT run_mma(const uint32_t* a, const uint32_t* b, float* d, int bf16) {
   return caught([&] {
     emulator::launch("mma", 1, 32, 0, [&] { bf16 ? one_mma<bfloat16_t>(a, b, d) : one_mma<half_t>(a, b, d); });
   });
+}
+DNL_EXPORT run_mma_tf32(const float* a, const float* b, float* d, int rounded) {
+  return caught([&] { emulator::launch("mma_tf32", 1, 32, 0, [&] { one_mma_tf32(a, b, d, rounded); }); });
+}
+extern "C" __attribute__((visibility("default"))) void run_to_tf32(float* values, int count) {
+  for (int i = 0; i < count; i++) values[i] = to_tf32(values[i]);
 }

@@ -19,7 +19,7 @@ BUGS = (
 
 def load(library: str | pathlib.Path) -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(library))
-    for name in ("run_row_sum", "run_matmul", "run_fragments", "run_copies", "run_mma", "run_strided"):
+    for name in ("run_row_sum", "run_matmul", "run_fragments", "run_copies", "run_mma", "run_mma_tf32", "run_strided"):
         getattr(kernels, name).restype = ctypes.c_char_p
     return kernels
 

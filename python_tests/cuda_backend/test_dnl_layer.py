@@ -190,11 +190,12 @@ def test_every_refusal_says_its_reason_and_the_next_smaller_call_runs(emulated):
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
 @pytest.mark.parametrize("options", [{}, {"preactivation": True, "output_norm": True}], ids=["plain", "norms"])
 @pytest.mark.parametrize("width", [5, 20])
-def test_the_stated_shared_memory_is_what_the_kernels_ask_for(emulated, kernel, options, width, monkeypatch):
-    """The emulator refuses 227 KiB and says how much it was: `limit` counts that and 2 KiB for a table of channels."""
+@every_dtype
+def test_the_stated_shared_memory_is_what_the_kernels_ask_for(emulated, kernel, options, width, dtype, monkeypatch):
+    """The emulator refuses 227 KiB and says how much it was: `limit` counts that and 2 KiB for tables of channels."""
     monkeypatch.setattr(_backend, "SMALLEST_SHARED_MEMORY", 1 << 30)
-    case = Case((6001,), (3,), width, kernel=kernel, heads=2, batch=1, **options)
-    states, tensors = inputs(case, torch.float32)
+    case = Case((9001,), (3,), width, kernel=kernel, heads=2, batch=1, **options)
+    states, tensors = inputs(case, dtype)
 
     def asked(call, *arguments):
         with pytest.raises(RuntimeError, match="dynamic shared memory") as error:
@@ -202,11 +203,12 @@ def test_the_stated_shared_memory_is_what_the_kernels_ask_for(emulated, kernel, 
         return int(re.search(r"dynamic shared memory: (\d+) bytes", str(error.value)).group(1))
 
     norm = bool(options)
-    stated = [fused.shared_bytes(6001, width, width, 3, 3, kernel, back, norm, norm) for back in (False, True)]
+    half = dtype != torch.float32
+    stated = [fused.shared_bytes(9001, width, width, 3, 3, kernel, back, norm, norm, half) for back in (False, True)]
     assert asked(call, case, states, tensors, BACKEND) + 2048 == stated[0]
     named = {name.removeprefix("theta."): t for name, t in tensors.items()}
     parameters = [named.get(name) for name in fused.PARAMETERS]
-    dout = torch.zeros(1, 6001, width)
+    dout = torch.zeros(1, 9001, width, dtype=dtype)
     static = (kernel, "identity", 1.0, "identity", 2, False)
     backward = torch.ops.dnl_emulated.dnl_layer_bwd
     assert asked(backward, dout, states, None, *parameters, *static, True, True) + 2048 == stated[1]

@@ -2,7 +2,9 @@
 
 import array
 import ctypes
+import math
 import random
+import struct
 import subprocess
 import sys
 
@@ -143,6 +145,50 @@ def test_mma_fragments_follow_the_ptx_manual(emulator, bfloat16):
             expected.append(c[row][column] + sum(a[row][k] * b[k][column] for k in range(16)))
     assert emulator.library.run_mma(pointer(fa), pointer(fb), pointer(fc), int(bfloat16)) is None
     assert fc.tolist() == expected
+
+
+def test_tf32_fragments_follow_the_ptx_manual(emulator):
+    """PTX ISA, mma.m16n8k8 with .tf32: with g = lane >> 2 and t = lane % 4, a_i is at row g for i in {0, 2}, else g + 8,
+    and column t for i in {0, 1}, else t + 4; b_i at row t + 4 i and column g; c_i at row g, + 8 if i >= 2, and column
+    2 t + (i & 1)."""
+    generator = random.Random(5)
+    a, b, c = ([[coarse(generator) for _ in range(n)] for _ in range(m)] for m, n in ((16, 8), (8, 8), (16, 8)))
+    fa, fb, fc, expected = array.array("f"), array.array("f"), array.array("f"), []
+    for lane in range(32):
+        g, t = lane >> 2, lane % 4
+        fa.extend(a[g if i in (0, 2) else g + 8][t if i in (0, 1) else t + 4] for i in range(4))
+        fb.extend(b[t + 4 * i][g] for i in range(2))
+        for i in range(4):
+            row, column = g + (8 if i >= 2 else 0), 2 * t + (i & 1)
+            fc.append(c[row][column])
+            expected.append(c[row][column] + sum(a[row][k] * b[k][column] for k in range(8)))
+    assert emulator.library.run_mma_tf32(pointer(fa), pointer(fb), pointer(fc), 0) is None
+    assert fc.tolist() == expected
+
+
+def test_tf32_has_ten_bits_rounded_to_nearest_ties_away_from_zero(emulator):
+    """PTX ISA, cvt.rna.tf32.f32, here by exact arithmetic of the significand."""
+    generator = random.Random(6)
+    given = [struct.unpack("<f", struct.pack("<I", generator.getrandbits(32)))[0] for _ in range(2000)]
+    given += [0.0, -0.0, 1.0, 1 + 2.0**-11, -1 - 2.0**-11, 1 + 2.0**-11 - 2.0**-23, 1 + 3 * 2.0**-11, 2 - 2.0**-23]
+    given = [value for value in given if math.isfinite(value) and (value == 0 or abs(value) >= 2.0**-126)]
+    values = array.array("f", [*given, math.inf, -math.inf, math.nan, 3.4028235e38])
+    emulator.library.run_to_tf32(pointer(values), len(values))
+    for value, rounded in zip(given, values, strict=False):
+        significand, exponent = math.frexp(value)  # in [1/2, 1): 11 bits are the leading one and ten
+        digits = math.floor(abs(significand) * 2**11 + 0.5)
+        expected = math.inf if digits * 2.0 ** (exponent - 11) >= 2.0**128 else digits * 2.0 ** (exponent - 11)
+        assert rounded == math.copysign(expected, value)
+    assert values[-4:-2].tolist() == [math.inf, -math.inf] and math.isnan(values[-2]) and values[-1] == math.inf
+
+
+def test_an_operand_that_was_not_converted_to_tf32_is_an_error(emulator):
+    """Hardware would cut it off without a word."""
+    a, b, c = (array.array("f", [1 + 2.0**-11] * 128), array.array("f", [1.0] * 64), array.array("f", [0.0] * 128))
+    said = emulator.library.run_mma_tf32(pointer(a), pointer(b), pointer(c), 0)
+    assert said and b"is no tf32 number" in said
+    assert emulator.library.run_mma_tf32(pointer(a), pointer(b), pointer(c), 1) is None
+    assert c.tolist() == [8 * (1 + 2.0**-10)] * 128
 
 
 FOUND_AT_ONCE = {

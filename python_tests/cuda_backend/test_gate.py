@@ -22,6 +22,7 @@ def faults(report=GOOD, kernel="dense_conv2d_fwd_kernel", size=1, expected=(80,)
 def test_a_good_library_has_no_faults():
     assert faults() == []
     assert faults(GOOD._replace(tensor_core=""), dtype="fp32") == []
+    assert "no tensor-core instruction" in faults(GOOD._replace(tensor_core=""), dtype="tf32")[0]
 
 
 @pytest.mark.parametrize(
@@ -54,9 +55,13 @@ def test_a_kernel_without_a_budget_is_a_fault():
 
 
 def test_names_are_read():
-    assert parse("_ZN3dnl23dense_conv2d_fwd_kernelI13__nv_bfloat16Li4EEEvNS_11ConvForwardE") == (
+    assert parse("_ZN3dnl23dense_conv2d_fwd_kernelI13__nv_bfloat16Li4ELb0EEEvNS_11ConvForwardE") == (
         "dense_conv2d_fwd_kernel", "bf16", "4",
     )  # fmt: skip
+    for tf32, dtype in enumerate(("fp32", "tf32")):
+        assert parse(f"_ZN3dnl23dense_conv2d_bwd_kernelIfLb{tf32}EEEvNS_12ConvBackwardE") == (
+            "dense_conv2d_bwd_kernel", dtype, "",
+        )  # fmt: skip
     assert parse("_ZN3dnl20dense_sum_fwd_kernelIfLi4ELb0EEEvNS_15DenseSumForwardE") == (
         "dense_sum_fwd_kernel", "fp32", "4,0",
     )  # fmt: skip
