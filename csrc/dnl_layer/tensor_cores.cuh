@@ -535,6 +535,7 @@ struct LayerTensorCores {
       Pulled pulled;
       pull<true>(pulled, s, a, c, q, dout, shifts, own, deltas, {0, 0}, alpha);
       finish_pull(pulled, s, k, position, slope);
+      __syncwarp();  // all lanes have read k and v
 #pragma unroll
       for (int i = 0; i < kSteps; i++) {
         if (i * 16 < s.query_padded) {
