@@ -2,12 +2,12 @@
 // float32 is multiplied by FFMA (columns.cuh), half types on tensor cores (tensor_cores.cuh).
 #pragma once
 #include "dnl_layer/columns.cuh"
-#include "dnl_layer/tensor_cores.cuh"
+#include "dnl_layer/tensor_cores_backward.cuh"
 
 namespace dnl {
 
 template <class T>
-using LayerArithmetic = std::conditional_t<sizeof(T) == 2, LayerTensorCores<T>, LayerColumns>;
+using LayerArithmetic = std::conditional_t<sizeof(T) == 2, LayerTensorCoresBackward<T>, LayerColumns>;
 
 template <class T, class Params>
 DNL_DEVICE void non_local(const Params& p, const float* y, float* z, float* k, float* v, float* bias, float* weights) {

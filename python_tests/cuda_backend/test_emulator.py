@@ -148,9 +148,9 @@ def test_mma_fragments_follow_the_ptx_manual(emulator, bfloat16):
 
 
 def test_tf32_fragments_follow_the_ptx_manual(emulator):
-    """PTX ISA, mma.m16n8k8 with .tf32: with g = lane >> 2 and t = lane % 4, a_i is at row g for i in {0, 2}, else g + 8,
-    and column t for i in {0, 1}, else t + 4; b_i at row t + 4 i and column g; c_i at row g, + 8 if i >= 2, and column
-    2 t + (i & 1)."""
+    """PTX ISA, mma.m16n8k8 with .tf32: with g = lane >> 2 and t = lane % 4, a_i is at row g for i in {0, 2}, else at
+    g + 8, and column t for i in {0, 1}, else t + 4; b_i at row t + 4 i and column g; c_i at row g, + 8 if i >= 2, and
+    column 2 t + (i & 1)."""
     generator = random.Random(5)
     a, b, c = ([[coarse(generator) for _ in range(n)] for _ in range(m)] for m, n in ((16, 8), (8, 8), (16, 8)))
     fa, fb, fc, expected = array.array("f"), array.array("f"), array.array("f"), []

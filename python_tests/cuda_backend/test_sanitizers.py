@@ -8,7 +8,7 @@ import pytest
 
 from dnl_kernels.testing import cuda_emulator
 
-# One element type of every case but the largest: barriers and addresses do not depend on which half type it is. And tf32.
+# One half type of every case but the largest: barriers and addresses do not depend on which one it is. And tf32.
 SUBSET = "test_against_float64 and (bfloat16 or test_tf32) and not bands and not images-share-a-tile"
 
 

@@ -10,12 +10,12 @@ from dnl_kernels import _backend
 from dnl_kernels.ops.dense_conv2d.reference import ACTIVATIONS
 from dnl_kernels.testing import assert_within_budget, cuda_traffic
 from dnl_kernels.testing.cuda_emulator import BACKEND, SCHEDULES
-from dnl_kernels.testing.dense_conv2d import Case, inputs
+from dnl_kernels.testing.dense_conv2d import NAMES, Case, inputs
 
 from .test_dense_conv2d import MORE, TAKEN, run
 
-# Each operand is rounded to 10 bits behind its leading one: by half a unit, 2^-11 of itself. Two make 2^-10 of a product,
-# and the float32 sum adds its own rounding. A sum is bounded by that of the absolute values of its products.
+# Each operand is rounded to 10 bits behind its leading one: by half a unit, 2^-11 of itself. Two make 2^-10 of a
+# product, and the float32 sum adds its own rounding. A sum is bounded by that of the absolute values of its products.
 OF_A_PRODUCT = 2.0**-10 * (1 + 2.0**-10) + 1e-5
 CASES = {**TAKEN, **MORE}
 
@@ -52,7 +52,7 @@ def bounds(parameters, states, activation, scale, dy):
 
 def named(parameters, states, backend, activation, scale):
     y, grads = run(parameters, states, backend, activation, scale)
-    names = [n for n, p in zip(("weight", "bias", "norm_scale", "norm_shift"), parameters, strict=True) if p is not None]
+    names = [name for name, p in zip(NAMES, parameters, strict=True) if p is not None]
     names += [f"states[{j}]" for j in range(len(states))]
     return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
 
@@ -64,7 +64,8 @@ def check(parameters, states, activation="relu", scale=1.0):
     exact = named(*double, "reference", activation, scale)
     dy = torch.randn(found["y"].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     most = bounds(parameters, states, activation, scale, dy)
-    assert_within_budget("dbias", found["bias"], exact["bias"], eager["bias"]) if "bias" in found else None
+    if "bias" in found:
+        assert_within_budget("dbias", found["bias"], exact["bias"], eager["bias"])
     for name in found.keys() - {"bias"}:
         error, size = (found[name] - exact[name]).abs(), exact[name].abs()
         assert (error <= most[name] + 1e-5 * size + 1e-6).all(), (name, (error - most[name]).max())

@@ -120,11 +120,7 @@ def _kernel(config: Config, way: str) -> Callable:
 
 def _forward(config, tensors):
     weight, bias, norm_scale, norm_shift, *states = tensors
-    return (
-        _kernel(config, "fwd")(
-            states, weight, bias, norm_scale, norm_shift, config.activation, config.scale
-        ),
-    )
+    return (_kernel(config, "fwd")(states, weight, bias, norm_scale, norm_shift, config.activation, config.scale),)
 
 
 def _backward(config, dy, tensors, extra, needs):

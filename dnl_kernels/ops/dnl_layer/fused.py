@@ -76,10 +76,8 @@ def limit(states: Sequence[Tensor], named: dict[str, Tensor | None], config: Lay
     norm, output_norm = (
         any(named[f"{name}_{part}"] is not None for part in ("scale", "shift")) for name in ("norm", "output")
     )
-    needed = shared_bytes(
-        positions, affine.shape[0], output.shape[0], *widths, config.kernel, backward, norm, output_norm,
-        first.element_size() == 2,
-    )
+    sizes, half = (positions, affine.shape[0], output.shape[0], *widths), first.element_size() == 2
+    needed = shared_bytes(*sizes, config.kernel, backward, norm, output_norm, half)
     if needed > (available := _backend.shared_memory(first.device)):
         return (
             f"a sample of {positions} positions needs {needed} bytes of shared memory"
