@@ -6,8 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..ops.dense_conv2d.api import dense_conv2d
+from ..ops.dense_conv2d.reference import ACTIVATIONS
 from .operators import Operator
 
 
@@ -68,6 +71,37 @@ def inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Te
         draw(total) if case.norm else None,
     ]
     return parameters, [draw(case.batch, c, case.height, case.width) for c in case.channels]
+
+
+# Each operand is rounded to 10 bits behind its leading one: by half a unit, 2^-11 of itself. Two make 2^-10 of a
+# product, and the float32 sum adds its own rounding. A sum is bounded by that of the absolute values of its products.
+TF32_ERROR = 2.0**-10 * (1 + 2.0**-10) + 1e-5
+
+
+def tf32_bounds(
+    parameters: list[Tensor | None], states: list[Tensor], activation: str, scale: float, dy: Tensor
+) -> dict[str, Tensor]:
+    """The largest errors of y and its gradients where float32 is multiplied as tf32, element by element."""
+    weight, _, norm_scale, norm_shift = (None if p is None else p.double() for p in parameters)
+    assert weight is not None
+    x, padding = torch.cat([s.double() for s in states], 1), weight.shape[-1] // 2
+    ones = x.new_ones(x.shape[1])
+    rate = (ones if norm_scale is None else norm_scale)[:, None, None]
+    u = (x * rate + (0 if norm_shift is None else norm_shift[:, None, None])).requires_grad_()
+    a = ACTIVATIONS[activation](u)
+    (slope,) = torch.autograd.grad(a.sum(), u)
+    a, dy, w, unit = a.detach().abs(), dy.double().abs(), weight.abs(), TF32_ERROR * abs(scale)
+    # The slope is of float32, with an absolute error that other cancellation than tf32's explains.
+    pulled = conv2d_input(x.shape, w, dy, padding=padding) * (unit * slope.abs() + 1e-6 * abs(scale))
+    found = {
+        "y": unit * F.conv2d(a, w, padding=padding),
+        "weight": unit * conv2d_weight(a, w.shape, dy, padding=padding),
+        "norm_scale": (pulled * x.abs()).sum((0, 2, 3)),
+        "norm_shift": pulled.sum((0, 2, 3)),
+    }
+    for j, part in enumerate((pulled * rate.abs()).split([s.shape[1] for s in states], 1)):
+        found[f"states[{j}]"] = part
+    return found
 
 
 def _leaves(dtype: torch.dtype, batch: int) -> list[Tensor]:

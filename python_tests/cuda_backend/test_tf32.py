@@ -3,20 +3,15 @@ the error that 10 bits of mantissa explain."""
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 import dnl_kernels as dnl
 from dnl_kernels import _backend
-from dnl_kernels.ops.dense_conv2d.reference import ACTIVATIONS
 from dnl_kernels.testing import assert_within_budget, cuda_traffic
 from dnl_kernels.testing.cuda_emulator import BACKEND, SCHEDULES
-from dnl_kernels.testing.dense_conv2d import NAMES, Case, inputs
+from dnl_kernels.testing.dense_conv2d import NAMES, Case, inputs, tf32_bounds
 
 from .test_dense_conv2d import MORE, TAKEN, run
 
-# Each operand is rounded to 10 bits behind its leading one: by half a unit, 2^-11 of itself. Two make 2^-10 of a
-# product, and the float32 sum adds its own rounding. A sum is bounded by that of the absolute values of its products.
-OF_A_PRODUCT = 2.0**-10 * (1 + 2.0**-10) + 1e-5
 CASES = {**TAKEN, **MORE}
 
 
@@ -25,29 +20,6 @@ def tf32(emulated):
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield emulated
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-
-
-def bounds(parameters, states, activation, scale, dy):
-    """The largest error of y and of each gradient, element by element."""
-    weight, bias, norm_scale, norm_shift = (None if p is None else p.double() for p in parameters)
-    x, padding = torch.cat([s.double() for s in states], 1), weight.shape[-1] // 2
-    ones = x.new_ones(x.shape[1])
-    rate = (ones if norm_scale is None else norm_scale)[:, None, None]
-    u = (x * rate + (0 if norm_shift is None else norm_shift[:, None, None])).requires_grad_()
-    a = ACTIVATIONS[activation](u)
-    (slope,) = torch.autograd.grad(a.sum(), u)
-    a, dy, w, unit = a.detach().abs(), dy.double().abs(), weight.abs(), OF_A_PRODUCT * abs(scale)
-    # The slope is of float32, with an absolute error that other cancellation than tf32's explains.
-    pulled = torch.nn.grad.conv2d_input(x.shape, w, dy, padding=padding) * (unit * slope.abs() + 1e-6 * abs(scale))
-    found = {
-        "y": unit * F.conv2d(a, w, padding=padding),
-        "weight": unit * torch.nn.grad.conv2d_weight(a, w.shape, dy, padding=padding),
-        "norm_scale": (pulled * x.abs()).sum((0, 2, 3)),
-        "norm_shift": pulled.sum((0, 2, 3)),
-    }
-    for j, part in enumerate((pulled * rate.abs()).split([s.shape[1] for s in states], 1)):
-        found[f"states[{j}]"] = part
-    return found
 
 
 def named(parameters, states, backend, activation, scale):
@@ -63,7 +35,7 @@ def check(parameters, states, activation="relu", scale=1.0):
     eager = named(parameters, states, "reference", activation, scale)
     exact = named(*double, "reference", activation, scale)
     dy = torch.randn(found["y"].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    most = bounds(parameters, states, activation, scale, dy)
+    most = tf32_bounds(parameters, states, activation, scale, dy)
     if "bias" in found:
         assert_within_budget("dbias", found["bias"], exact["bias"], eager["bias"])
     for name in found.keys() - {"bias"}:
