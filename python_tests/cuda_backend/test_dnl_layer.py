@@ -61,6 +61,27 @@ def test_against_float64(emulated, case, dtype):
     check(case, *inputs(case, dtype))
 
 
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian", "dot"])
+@pytest.mark.parametrize("query, value, width, result", [(17, 32, 40, 21), (32, 9, 16, 33)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wide_heads(emulated, kernel, query, value, width, result, dtype):
+    """On tensor cores: two tiles of 16 across a head's queries or values, several across y and the result."""
+    case = Case((50,), (20, 13), width, kernel=kernel, heads=2, preactivation=True, activation="silu", batch=1)
+    states, tensors = inputs(case, dtype)
+
+    def draw(*shape):
+        return (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype)
+
+    for name, rows in {"query": query, "key": query, "value": value}.items():
+        if f"theta.{name}_weight" in tensors:
+            tensors[f"theta.{name}_weight"] = draw(2 * rows, width) / query**0.25
+            tensors[f"theta.{name}_bias"] = draw(2 * rows)
+    tensors["theta.output_weight"] = draw(result, 2 * value)
+    emulated.counts()
+    check(case, states, tensors)
+    assert emulated.counts()["mma"] > 0
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES[::3], ids=lambda s: f"{s.order}-{s.seed}", indirect=True)
 @pytest.mark.parametrize("name", ["softmax", "gaussian-tokens"])
 def test_every_schedule_gives_the_same_bits(emulated, schedule, name):
