@@ -294,7 +294,7 @@ struct LayerColumns {
   // Everything that a head adds.
   DNL_DEVICE static void head_gradient(const LayerBackward& p, int head, float* shared, const LayerBackwardLayout& at,
                                        const HeadWeights& w, float factor) {
-    const LayerSizes s = p.sizes;
+    const LayerSizes& s = p.sizes;
     const bool gaussian = s.kernel == LayerKernel::gaussian;
     float *y = shared + at.y, *dz = shared + at.dz, *dy = shared + at.dy, *q = shared + at.q, *k = shared + at.k;
     float *v = shared + at.v, *dout = shared + at.dout, *t = shared + at.t;
