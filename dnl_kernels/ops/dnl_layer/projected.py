@@ -148,7 +148,8 @@ def forward(config: Config, y: Tensor, theta: NonLocalParameters) -> tuple[Tenso
     """N(y), and what `backward` needs besides y: the attention's output, and two numbers per query unless "dot"."""
     arguments, static = _attention_arguments(config, _positions(y, config), theta, _projection(theta))
     if config.kernel == "dot":
-        kept = [_dot(*arguments[:3], config)]
+        query, key, value = arguments[:3]
+        kept = [_dot(query, key, value, config)]
     else:
         kept = list(_backend.kernel(config.backend, "nonlocal_attention_fwd")(*arguments, *static))
     return combine(config, kept[0], theta, y), kept
