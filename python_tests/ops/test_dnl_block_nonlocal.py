@@ -211,7 +211,7 @@ def test_the_states_are_kept_once_and_everything_grows_linearly(affine):
 @pytest.mark.parametrize("affine", ["conv1x1", "linear"])
 def test_no_second_copy_of_the_states_and_one_buffer_of_gradients(affine):
     """The peak of a step, with what is kept: the states, their gradients, and a number of maps of one layer."""
-    peaks, depths = {}, (4, 12)
+    peaks, forward, depths = {}, {}, (4, 12)
     for depth in depths:
         config = nonlocal_block(
             tuple((True,) * (i + 1) for i in range(depth)), affine=affine, training=True, growth=8, head_dim=8
@@ -225,9 +225,12 @@ def test_no_second_copy_of_the_states_and_one_buffer_of_gradients(affine):
 
         training_step()  # gradients of the leaves are there
         peaks[depth] = peak_allocated(training_step)
+        with torch.no_grad():
+            forward[depth] = peak_allocated(lambda x=x, p=layers, c=config: non_local.dnl_block(x, p, c))
     maps = (peaks[12] - peaks[4]) / (2 * 1024 * 8 * 4) / 8  # in maps of a layer, for each more layer
     # state, its gradient, y, the attention's output, and 2 / 8 for the rows' numbers
     assert maps <= 4.25 + 0.3, peaks
+    assert (forward[12] - forward[4]) / (2 * 1024 * 8 * 4) / 8 <= 1 + 0.3, forward
 
 
 @pytest.mark.parametrize("name", ["softmax", "softmax-tokens", "gaussian"])
