@@ -130,9 +130,13 @@ def allows_tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and _tf32_setting()
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace it, and compiles anew when torch's setting changes
 def _tf32_setting() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# Dynamo cannot trace it, and compiles anew when torch's setting changes. This is torch.compiler.assume_constant_result,
+# which would import Dynamo, and Triton with it, when this package is imported.
+_tf32_setting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def shared_memory(device: torch.device) -> int:
