@@ -17,9 +17,9 @@ def blocks(dtype=torch.float64):
 
 def streamed(mix, x0, apply):
     history, outputs = mix.history(x0), []
-    for layer in range(LAYERS):
+    for layer in range(mix.num_layers):
         outputs.append(mix(history))
-        if layer < LAYERS - 1:
+        if layer < mix.num_layers - 1:
             history.append(apply(layer, outputs[-1]))
     return outputs
 
@@ -28,7 +28,7 @@ def listed(mix, x0, apply):
     """The same with weights and states as plain tensors: sum_j w[l, j] x_j by the formula."""
     states, outputs = [x0], []
     dim = -1 if mix.pattern.channel_dim == -1 else 1
-    for layer in range(LAYERS):
+    for layer in range(mix.num_layers):
         if layer % mix.pattern.period:
             y = states[layer]
         else:
@@ -39,7 +39,7 @@ def listed(mix, x0, apply):
                 for j in seen
             )
         outputs.append(y)
-        if layer < LAYERS - 1:
+        if layer < mix.num_layers - 1:
             states.append(apply(layer, y))
     return outputs
 
@@ -186,7 +186,7 @@ def test_what_is_kept_are_the_states():
 
 
 def test_compile_and_torch_func():
-    mix = random(dnl.DenseSum(LAYERS))
+    mix = random(dnl.DenseSum(5))  # a compiler takes three times as long for all LAYERS
     linears = blocks(torch.float32)
 
     def run(x0):

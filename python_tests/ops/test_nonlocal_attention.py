@@ -92,34 +92,49 @@ def large(width=128, queries=70, keys=50, dtype=torch.float32):
     return [*(torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes), None]
 
 
-@pytest.mark.parametrize("width", [127, 128, 192])
+def check_median(draw, **keywords):
+    """Output and gradients on the CPU, by the median of seven draws, where single ones may miss the budget."""
+    found = []
+    for _ in range(7):
+        tensors = draw()
+        out, grads = run(tensors, "cpu", **keywords)
+        exact, exact_grads = run([t if t is None else t.double() for t in tensors], "reference", **keywords)
+        eager, eager_grads = run(tensors, "reference", **keywords)
+        pairs = [(out, eager, exact), *zip(grads, eager_grads, exact_grads, strict=True)]
+        found.append([(relative_error(a, e), relative_error(b, e)) for a, b, e in pairs])
+    for of in zip(*found, strict=True):
+        ours, theirs = (median(errors) for errors in zip(*of, strict=True))
+        assert ours <= 2 * (theirs + 2 * torch.finfo(torch.float32).eps), of
+
+
+every_large_width = pytest.mark.parametrize("width", [127, 128, 192])
+
+
+@every_large_width
 @pytest.mark.parametrize("queries, keys", [(70, 50), (1, 1), (33, 300)])
 def test_large_widths(width, queries, keys):
-    """Where torch's backward takes over, by the kernels' own normalisers, and just below. Its error is 1.2 to 1.8 of
-    eager's, so that single draws may miss the budget: the median of several is held to it."""
+    """Where torch's backward takes over, by the kernels' own normalisers, and just below: its error is 1.2 to 1.8 of
+    eager's."""
+    check_median(lambda: large(width, queries, keys))
 
-    def measured(draw, **keywords):
-        found = []
-        for _ in range(7):
-            tensors = draw()
-            out, grads = run(tensors, "cpu", **keywords)
-            exact, exact_grads = run([t if t is None else t.double() for t in tensors], "reference", **keywords)
-            eager, eager_grads = run(tensors, "reference", **keywords)
-            pairs = [(out, eager, exact), *zip(grads, eager_grads, exact_grads, strict=True)]
-            found.append([(relative_error(a, e), relative_error(b, e)) for a, b, e in pairs])
-        for of in zip(*found, strict=True):
-            ours, theirs = (median(errors) for errors in zip(*of, strict=True))
-            assert ours <= 2 * (theirs + 2 * torch.finfo(torch.float32).eps), of
 
-    def each(change):
-        return lambda: [t if t is None else change(t) for t in large(width, 20, 30)]
+# A scale of 0.3 makes normalisers that are too large to hand over.
+@every_large_width
+@pytest.mark.parametrize(
+    "words",
+    [{}, {"scale": 0.3}, {"layout": "channels_first"}, {"causal": True}, {"normalize": False, "scale": 0.01}],
+    ids=str,
+)
+def test_large_widths_of_all_kinds(width, words):
+    def draw():
+        tensors = large(width, 20, 30)[:3]
+        if "layout" in words:
+            tensors = [t.mT.contiguous() for t in tensors]
+        if not words:
+            tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors]
+        return [*tensors, None]
 
-    measured(lambda: large(width, queries, keys))
-    measured(each(lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)))
-    measured(each(lambda t: t), scale=0.3)  # normalisers that are too large to hand over
-    measured(each(lambda t: t.mT.contiguous()), layout="channels_first")
-    measured(each(lambda t: t), causal=True)
-    measured(each(lambda t: t), normalize=False, scale=0.01)
+    check_median(draw, **words)
 
 
 @pytest.mark.parametrize("factor, handed", [(1.0, True), (3.0, False), (float("nan"), False)])
