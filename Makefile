@@ -73,7 +73,7 @@ test-gpu: build ## the operators' tests on a CUDA device; says so and skips wher
 bench-gpu: build ## the benchmarks on a CUDA device; says so and skips where there is none
 	DNL_BENCH_DEVICE=cuda $(BIN)/python -m pytest bench --benchmark-json=docs/benchmarks/gpu.json
 
-bench: build ## the benchmarks on this machine (25 minutes on two cores), rendered into docs/benchmarks
+bench: build ## the benchmarks on this machine (23 minutes on two cores), rendered into docs/benchmarks
 	$(BIN)/python -m pytest bench --benchmark-json=docs/benchmarks/cpu.json
 	$(BIN)/python -m bench.report docs/benchmarks/cpu.json
 

@@ -21,6 +21,7 @@ DEVICE = os.environ.get("DNL_BENCH_DEVICE", "cpu")
 SMOKE = os.environ.get("DNL_BENCH_SMOKE") == "1"  # every benchmark once, as a test that it works
 COMPILE = os.environ.get("DNL_BENCH_COMPILE", "1") == "1" and not SMOKE
 PHASES = ("forward", "backward", "both")
+DRAWS = 4
 
 
 class Way(NamedTuple):
@@ -36,7 +37,9 @@ class Way(NamedTuple):
 class Case(NamedTuple):
     """ways: by name, "ours" first; a string in place of a Way says why it is absent. exact: the same in float64 (None:
     the first peer in the working dtype stands in for it). flops, bytes: of the forward pass, each tensor counted once.
-    backward_flops: as a multiple of the forward's. bars: peer / ours that is aimed at, of the last phase."""
+    backward_flops: as a multiple of the forward's. bars: peer / ours that is aimed at, of the last phase. redraw: new
+    inputs in place. Among some million pre-activations one may lie within rounding of ReLU's kink; the way that takes
+    it for the other side has errors of per cents in its gradients, where a wrong kernel is wrong in every draw."""
 
     operator: str
     name: str
@@ -47,6 +50,7 @@ class Case(NamedTuple):
     backward_flops: float = 2.0
     train: bool = True
     bars: Mapping[str, float] = {}
+    redraw: Callable[[], None] | None = None
 
 
 def way(function: Callable[..., Tensor], tensors: Sequence[Tensor | None], **options: Any) -> Way:
@@ -129,15 +133,19 @@ def measure(case: Case, seconds: float = 3.0, clock: Callable[[], float] = time.
     functorch.donated_buffer = False  # else a compiled backward cannot be timed apart from its forward
     ways = {name: w for name, w in case.ways.items() if isinstance(w, Way)}
     first = {name: harness.timed(lambda w=w: results(w, case.train), clock) for name, w in ways.items()}
-    found = errors(ways, case)
-    # The tests hold kernels to twice eager's error; here a wrong kernel is to be told from a right one.
-    peer = max((e for name, e in found.items() if name != "ours"), default=0.0) if case.exact else 0.0
     rounding = 2 * torch.finfo(ways["ours"].leaves[0].dtype).eps
-    allowed = 10 * (peer + rounding) if case.exact else max(2e-4, 10 * rounding)
+    for draw in range(1, DRAWS + 1):
+        found = errors(ways, case)
+        # The tests hold kernels to twice eager's error; here a wrong kernel is to be told from a right one.
+        peer = max((e for name, e in found.items() if name != "ours"), default=0.0) if case.exact else 0.0
+        allowed = 10 * (peer + rounding) if case.exact else max(2e-4, 10 * rounding)
+        if found["ours"] <= allowed or case.redraw is None or draw == DRAWS:
+            break
+        case.redraw()
     row: dict[str, Any] = {
         "operator": case.operator, "case": case.name, "train": case.train, "device": DEVICE,
         "dtype": str(ways["ours"].leaves[0].dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-        "check": {"passed": found["ours"] <= allowed, "error": found["ours"], "allowed": allowed},
+        "check": {"passed": found["ours"] <= allowed, "error": found["ours"], "allowed": allowed, "draw": draw},
         "flops": {"forward": case.flops, "backward": case.flops * case.backward_flops},
         "bytes": {"forward": case.bytes}, "bars": dict(case.bars),
         "absent": {name: w for name, w in case.ways.items() if isinstance(w, str)}, "ways": {},
