@@ -63,7 +63,7 @@ def test_the_error_is_that_of_tf32_and_float32_is_the_default(emulated):
 
 
 def test_every_setting_of_torch_is_obeyed():
-    """By a process of its own: the old and the new interface may not be mixed."""
+    """The two older interfaces, after each other; the tests beside this one use the newer one."""
     assert not _backend.allows_tf32(torch.float32)
     try:
         for precision, allowed in (("high", True), ("highest", False), ("medium", True), ("highest", False)):
