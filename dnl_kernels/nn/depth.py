@@ -176,6 +176,8 @@ class History:
         if self.states:
             if x.shape != self.states[0].shape:
                 fail(OP, f"state {len(self)}", shape(x), f"{list(self.states[0].shape)}, as state 0")
+            if x.device != self.states[0].device:
+                fail(OP, f"state {len(self)}", f"on {x.device}", f"{self.states[0].device}, as state 0")
             x = x.to(self.states[0].dtype)
         if len(self) == self._mix.num_layers:
             fail(OP, f"state {len(self)}", "appended", f"at most num_layers = {self._mix.num_layers} states")
@@ -197,7 +199,7 @@ class History:
 
     def _sum(self) -> Tensor:
         mix = self._mix
-        if not mix.pattern.looks_ahead(self.states[0]) or len({x.dtype for x in self.states}) > 1:
+        if not mix.pattern.looks_ahead(self.states[0]):
             return mix.plain(self.states)
         weight, call = mix.weight, len(self) - 1
         return self._ahead.sum(

@@ -50,7 +50,7 @@ class Lookahead:
     def __init__(self, step: int):
         self.step = step
         self.begun: dict[int, _Begun] = {}
-        self.weight: tuple[int, int] | None = None  # the tensor and its version when the sums were begun
+        self.weight: tuple[Tensor, int] | None = None  # of the last sum, and its version then
 
     def sum(
         self,
@@ -63,9 +63,9 @@ class Lookahead:
     ) -> Tensor:
         """s_target over `members`, of which every later target sees all. weights(targets, members): their part of
         `weight`, [targets, members] or [targets, members, C]; last: the last target there is."""
-        known = (id(weight), _version(weight))
-        if known != self.weight:  # in-place changes on the way
-            self.begun, self.weight = {}, known
+        same = self.weight is not None and self.weight[0] is weight and self.weight[1] == _version(weight)
+        if not same:  # changed in place, or made anew for each call (a parametrisation)
+            self.begun, self.weight = {}, (weight, _version(weight))
         first = next(iter(members.values()))
         begun = self.begun.pop(target, None)
         if begun is not None and all(
@@ -76,7 +76,7 @@ class Lookahead:
                 self._add([begun.sum], rest, members, weights([target], rest), True, channel_dim)
             return begun.sum.to(first.dtype)
         targets = [target]
-        if len(members) >= WORTH:
+        if same and len(members) >= WORTH:
             targets = list(range(target, last + self.step, self.step))[:AHEAD]
         wide = torch.float64 if first.dtype == torch.float64 else torch.float32
         sums = [torch.empty(first.shape, dtype=wide) for _ in targets]

@@ -214,6 +214,8 @@ def test_errors_are_named():
     history = mix.history(x0)
     with pytest.raises(ValueError, match=r"DenseSum: state 1 is of shape \[2\]; expected \[3\], as state 0"):
         history.append(x0[:2])
+    with pytest.raises(ValueError, match="DenseSum: state 1 is on meta; expected cpu, as state 0"):
+        history.append(x0.to("meta"))
     with pytest.raises(TypeError, match="DenseSum: state is of type list"):
         history.append([1.0])
     history.append(x0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 
 import dnl_kernels as dnl
 from dnl_kernels.nn import lookahead
@@ -10,13 +11,13 @@ LAYERS = 24
 
 
 @pytest.fixture
-def reads(monkeypatch):
-    """How many tensors each pass of the kernel read."""
+def passes(monkeypatch):
+    """Each pass of the kernel: how many sums it made, and how many tensors it read."""
     seen = []
     add = lookahead.Lookahead._add
 
     def counted(sums, which, *rest):
-        seen.append(len(which))
+        seen.append((len(sums), len(which)))
         add(sums, which, *rest)
 
     monkeypatch.setattr(lookahead.Lookahead, "_add", staticmethod(counted))
@@ -45,14 +46,14 @@ def by_formula(mix, states, layer):
 
 
 @pytest.mark.parametrize("options", [{}, {"channels": 7}, {"channels": 5, "channel_dim": 1}], ids=str)
-def test_tensors_are_read_a_fourth_as_often_in_both_directions(reads, options):
+def test_tensors_are_read_a_fourth_as_often_in_both_directions(passes, options):
     mix, states = network(**options)
     outputs = run(mix, states)
-    forward = sum(reads)
+    forward = sum(passes)
     reads.clear()
     found = torch.autograd.grad(sum(y.sin().sum() for y in outputs), [mix.weight, *states])
     pairs = LAYERS * (LAYERS + 1) // 2
-    assert forward < pairs / 2 and sum(reads) < pairs / 2
+    assert forward < pairs / 2 and sum(passes) < pairs / 2
     plain = [by_formula(mix, states, layer) for layer in range(LAYERS)]
     expected = torch.autograd.grad(sum(y.sin().sum() for y in plain), [mix.weight, *states])
     for a, e in zip((*outputs, *found), (*plain, *expected), strict=True):
@@ -73,7 +74,7 @@ def test_half_types_round_once(dtype):
 
 
 @torch.no_grad()
-def test_changes_in_place_are_seen(reads):
+def test_changes_in_place_are_seen(passes):
     mix, states = network()
 
     def change(layer):
@@ -89,10 +90,10 @@ def test_changes_in_place_are_seen(reads):
         change(layer)
         if layer + 1 < LAYERS:
             history.append(states[layer + 1])
-    assert reads
+    assert any(sums > 1 for sums, _ in passes)
 
 
-def test_elsewhere_the_operator_is_called(reads):
+def test_elsewhere_the_operator_is_called(passes):
     mix, states = network(backend="reference")
     run(mix, states)
     mix, states = network(dilation=2)
@@ -100,7 +101,20 @@ def test_elsewhere_the_operator_is_called(reads):
     mix, states = network(torch.float32)
     with torch.autocast("cpu"), torch.no_grad():
         assert run(mix, states)[-1].dtype == torch.bfloat16
-    assert not reads
+    assert not passes
+
+
+def test_a_weight_that_is_made_anew_for_each_call_begins_nothing(passes):
+    """Each sum is one pass over all states, none of which is of another call's weight."""
+    mix, states = network()
+    torch.nn.utils.parametrize.register_parametrization(mix, "weight", torch.nn.Tanh())
+    with torch.no_grad():
+        outputs = run(mix, states, lambda layer: mix.parametrizations.weight.original.mul_(0.9))
+        assert passes == [(1, layer + 1) for layer in range(LAYERS)]
+        last = by_formula(mix, states, LAYERS - 1)
+        mix.parametrizations.weight.original.div_(0.9)  # as it was when the last sum was made
+        torch.testing.assert_close(outputs[-1], by_formula(mix, states, LAYERS - 1))
+        assert not torch.equal(last, outputs[-1])
 
 
 def test_a_sum_does_not_change_when_later_ones_are_made():
