@@ -18,7 +18,7 @@ from ... import _backend
 from ..._autograd import differentiable
 from . import reference
 from .config import BlockConfig, LayerParameters, Statistics
-from .prefix import Corrections, Norm, Prefix, wide_dtype
+from .prefix import Corrections, Norm, Prefix, flattened, keeps, triangle_of, wide_dtype
 
 NAMES = (
     "affine_weight", "affine_bias", "norm_weight", "norm_bias", "norm_mean", "norm_var",
@@ -47,8 +47,7 @@ def dnl_block(
         none = dict.fromkeys(name for name in NAMES if name not in TRAINABLE)
         parameters = [p._replace(**none) for p in parameters]
     tensors = [getattr(p, name) for p in parameters for name in NAMES]
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    keep = traced or torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x0, *tensors))
+    keep = keeps((x0, *tensors))
     states, _, mean, var, inner_mean, inner_var = _function((config, keep), x0, *tensors)
     if config.norm is None or not config.training:
         return states, None
@@ -57,20 +56,16 @@ def dnl_block(
 
 
 def _static(config: BlockConfig) -> tuple:
-    connectivity = [int(read) for row in config.connectivity for read in row]
     return (
-        connectivity, config.growth_rate, config.bottleneck, config.norm is not None, config.training,
+        flattened(config.connectivity), config.growth_rate, config.bottleneck, config.norm is not None, config.training,
         config.activation, config.tau, config.eps,
     )  # fmt: skip
 
 
 def _config(in_channels, connectivity, growth_rate, bottleneck, norm, training, activation, tau, eps) -> BlockConfig:
-    rows: list[tuple[bool, ...]] = []
-    while connectivity:
-        size = len(rows) + 1
-        rows, connectivity = [*rows, tuple(map(bool, connectivity[:size]))], connectivity[size:]
+    triangle = triangle_of(connectivity)
     return BlockConfig(
-        in_channels, len(rows), growth_rate, tuple(rows), norm="batch" if norm else None, activation=activation,
+        in_channels, len(triangle), growth_rate, triangle, norm="batch" if norm else None, activation=activation,
         bottleneck=bottleneck, tau=tau, eps=eps, training=training,
     )  # fmt: skip
 

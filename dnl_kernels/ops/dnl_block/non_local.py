@@ -24,7 +24,7 @@ from ..dnl_layer import projected
 from ..dnl_layer.pointwise import activate_normalised, broadcast, pull_normalised, wide
 from . import composition
 from .config import BlockConfig, LayerParameters, Statistics
-from .prefix import Corrections, Norm, Prefix
+from .prefix import Corrections, Norm, Prefix, flattened, keeps, triangle_of
 
 NAMES = tuple(name for name in LayerParameters._fields if not name.startswith("inner_"))
 TRAINABLE = tuple(name for name in NAMES if not name.endswith(("_mean", "_var")))
@@ -48,8 +48,7 @@ def dnl_block(
     if config.training:  # running statistics are not read, and the caller updates them before the backward pass
         parameters = [p._replace(norm_mean=None, norm_var=None) for p in parameters]
     tensors = [getattr(p, name) for p in parameters for name in NAMES]
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    keep = traced or torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x0, *tensors))
+    keep = keeps((x0, *tensors))
     states, mean, var, *_ = _function((config, keep), x0, *tensors)
     if config.norm is None or not config.training:
         return states, None
@@ -60,11 +59,10 @@ def dnl_block(
 
 
 def _static(config: BlockConfig) -> tuple:
-    connectivity = [int(read) for row in config.connectivity for read in row]
     return (
-        connectivity, config.growth_rate, config.affine, config.kernel, config.heads, config.norm is not None,
-        config.training, config.preactivation, config.input_skip, config.residual, config.activation, config.tau,
-        config.eps,
+        flattened(config.connectivity), config.growth_rate, config.affine, config.kernel, config.heads,
+        config.norm is not None, config.training, config.preactivation, config.input_skip, config.residual,
+        config.activation, config.tau, config.eps,
     )  # fmt: skip
 
 
@@ -72,12 +70,9 @@ def _config(
     in_channels, connectivity, growth_rate, affine, kernel, heads, norm, training, preactivation, input_skip, residual,
     activation, tau, eps,
 ) -> BlockConfig:  # fmt: skip
-    rows: list[tuple[bool, ...]] = []
-    while connectivity:
-        size = len(rows) + 1
-        rows, connectivity = [*rows, tuple(map(bool, connectivity[:size]))], connectivity[size:]
+    triangle = triangle_of(connectivity)
     return BlockConfig(
-        in_channels, len(rows), growth_rate, tuple(rows), affine, kernel, "batch" if norm else None, preactivation,
+        in_channels, len(triangle), growth_rate, triangle, affine, kernel, "batch" if norm else None, preactivation,
         activation, None, heads, 0, tau, input_skip, residual, eps, training,
     )  # fmt: skip
 

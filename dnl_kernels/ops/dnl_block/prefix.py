@@ -24,6 +24,25 @@ class Norm(NamedTuple):
     gamma: Tensor
 
 
+def flattened(connectivity: Sequence[Sequence[bool]]) -> list[int]:
+    """The lower triangle row by row, as an operator's argument; `triangle_of` is its inverse."""
+    return [int(read) for row in connectivity for read in row]
+
+
+def triangle_of(connectivity: Sequence[int]) -> tuple[tuple[bool, ...], ...]:
+    found: list[tuple[bool, ...]] = []
+    while connectivity:
+        size = len(found) + 1
+        found, connectivity = [*found, tuple(map(bool, connectivity[:size]))], connectivity[size:]
+    return tuple(found)
+
+
+def keeps(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a forward pass keeps what a backward pass would need: always where it is traced."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return traced or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
