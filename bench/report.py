@@ -92,6 +92,8 @@ def memory_table(rows: list[Row]) -> str:
     for row in rows:
         for name, way in row["ways"].items():
             error = "" if way["error"] is None else f"{way['error']:.1e}"
+            if name == "ours" and row["check"].get("draw", 1) > 1:
+                error += f" (draw {row['check']['draw']})"
             lines.append([row["case"], name, mib(way["saved_bytes"]), mib(way["peak_bytes"]),
                           f"{way['first_call_s']:.2f}", error, ""])  # fmt: skip
         lines += [[row["case"], name, "", "", "", "", why] for name, why in row["absent"].items()]

@@ -5,8 +5,10 @@ import json
 import math
 
 import pytest
+import torch
 
 from bench import compare, report, results
+from bench.comparison import DRAWS, Case, Way, measure
 from bench.harness import quantiles
 from bench.test_scaling import exponent
 
@@ -103,3 +105,31 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
 def test_the_exponent_is_a_slope_of_logarithms():
     values = (4, 8, 16, 32)
     assert math.isclose(exponent(values, [3.0 * v**1.5 for v in values]), 1.5)
+
+
+@pytest.mark.parametrize(
+    "gradient, output, until, passed, draw",
+    [(0.0, 0.0, 0, True, 1), (0.01, 0.0, 1, True, 2), (0.01, 0.0, DRAWS, False, DRAWS), (0.01, 0.1, 1, False, 1)],
+)
+def test_only_gradients_that_are_off_in_some_draws_are_drawn_again(gradient, output, until, passed, draw):
+    """ReLU's kink; a wrong output, or gradients that are wrong in every draw, are a wrong kernel's."""
+    x = torch.randn(8).requires_grad_()
+    exact, draws = x.detach().double().requires_grad_(), [0]
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, t):
+            return 2 * t + output
+
+        @staticmethod
+        def backward(ctx, g):
+            return 2 * g * (1 + gradient * (draws[0] < until))
+
+    @torch.no_grad()
+    def redraw():
+        draws[0] += 1
+        exact.copy_(x.normal_())
+
+    ways = {"ours": Way(lambda: Double.apply(x), [x]), "eager": Way(lambda: 2 * x, [x])}
+    found = measure(Case("double", "case", ways, Way(lambda: 2 * exact, [exact]), redraw=redraw), seconds=0.01)
+    assert (found["check"]["passed"], found["check"]["draw"]) == (passed, draw)
