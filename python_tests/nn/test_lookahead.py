@@ -46,14 +46,14 @@ def by_formula(mix, states, layer):
 
 
 @pytest.mark.parametrize("options", [{}, {"channels": 7}, {"channels": 5, "channel_dim": 1}], ids=str)
-def test_tensors_are_read_a_fourth_as_often_in_both_directions(passes, options):
+def test_tensors_are_read_less_than_half_as_often_in_both_directions(passes, options):
     mix, states = network(**options)
     outputs = run(mix, states)
-    forward = sum(passes)
+    forward = sum(read for _, read in passes)
     passes.clear()
     found = torch.autograd.grad(sum(y.sin().sum() for y in outputs), [mix.weight, *states])
     pairs = LAYERS * (LAYERS + 1) // 2
-    assert forward < pairs / 2 and sum(passes) < pairs / 2
+    assert forward < pairs / 2 and sum(read for _, read in passes) < pairs / 2
     plain = [by_formula(mix, states, layer) for layer in range(LAYERS)]
     expected = torch.autograd.grad(sum(y.sin().sum() for y in plain), [mix.weight, *states])
     for a, e in zip((*outputs, *found), (*plain, *expected), strict=True):
