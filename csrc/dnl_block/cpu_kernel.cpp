@@ -274,6 +274,15 @@ void pull(const Tile& tile, Parts<const T> products, int64_t lead, int64_t trail
         const Vec<T> w = broadcast(entry(factor, c, T(1)));
         Vec<T> plain{}, moment{};
         for_each_vector<T>(v, [&](int64_t image, int64_t g, int64_t column, int64_t position) {
+          const int left = int(width - column < lanes ? width - column : lanes);
+          // The last vector of a row ends with the row, where it is as long: its first lanes have been done.
+          const bool narrow = width < lanes;
+          const int64_t done = narrow ? 0 : lanes - left;
+          column -= done;
+          position -= done;
+          const IntVec<T> lane = lane_numbers<T>();
+          const IntVec<T> inside = narrow ? lane < typename IntOf<sizeof(T)>::type(left)
+                                          : lane >= typename IntOf<sizeof(T)>::type(done);
           const T* from = products.data + c * products.channel + position;
           T* to = total.data + c * total.channel + position;
           const T* pixels = v.plane(x, image, c);
@@ -285,39 +294,42 @@ void pull(const Tile& tile, Parts<const T> products, int64_t lead, int64_t trail
             if (g + 1 < groups + trail) after = load(from + pitch);
           }
           F::gather_back(m, before, after, d);
-          const int left = int(width - column < lanes ? width - column : lanes);
           const int64_t first = F::kRows * g;
-          // kEdge: some lanes or rows are not of the tile.
-          const auto rows = [&]<bool kEdge>() {
+          // kEdge: some lanes or rows are not wanted. kNarrow: a row is shorter than a vector.
+          const auto rows = [&]<bool kEdge, bool kNarrow>() {
             Vec<T> group_plain{}, group_moment{};
 #pragma GCC unroll 4
             for (int r = 0; r < F::kRows; r++) {
               if (kEdge && first + r >= v.rows) break;
               const T* p = pixels + (first + r) * width + column;
               Vec<T> u{}, value, slope, q = d[r];
-              if (A != Activation::identity || sums) u = kEdge ? load_partial(p, left) : load(p);
+              if (A != Activation::identity || sums) u = kNarrow ? load_partial(p, left) : load(p);
               activate<T, A>(u * s + h, value, slope);
               if constexpr (A == Activation::relu)
                 q = u * s + h > Vec<T>{} ? q : Vec<T>{};
               else if constexpr (A != Activation::identity)
                 q *= slope;
-              if constexpr (kEdge) q = first_lanes<T>(q, left);
+              if constexpr (kEdge) q = inside ? q : Vec<T>{};
               group_plain += q;
               group_moment += q * (u * r1 + r0);
               T* out = to + r * total.part;
-              // Lanes past the row's end add nothing to the next row, or are written before it; a tile ends there.
-              if (kEdge && position >= tail)
+              // Lanes past a short row's end add nothing to the next row, or are written before it; a tile ends there.
+              if (kNarrow && position >= tail)
                 store_partial(out, accumulate ? load_partial(out, left) + q * w : q * w, left);
-              else
+              else if (kNarrow || !kEdge)
                 store(out, accumulate ? load(out) + q * w : q * w);
+              else
+                store(out, accumulate ? load(out) + q * w : inside ? q * w : load(out));
             }
             plain += group_plain;
             moment += group_moment;
           };
           if (left == lanes && first + F::kRows <= v.rows)
-            rows.template operator()<false>();
+            rows.template operator()<false, false>();
+          else if (narrow)
+            rows.template operator()<true, true>();
           else
-            rows.template operator()<true>();
+            rows.template operator()<true, false>();
         });
         if (sums) {
           sums[2 * c] += sum_lanes<T>(plain);
