@@ -323,19 +323,19 @@ SCHEMAS: dict[str, Schema] = {
         _dnl_nonlocal_block_bwd,
         _NONLOCAL,
     ),
-    # The passes over memory that the blocks above are made of; they are never seen by autograd or torch.compile.
-    "dnl_bottleneck_moments": Schema(
+    # CPU: the passes over memory of act(norm(x)); never seen by autograd or torch.compile.
+    "norm_activation_moments": Schema(
         "(Tensor x) -> (Tensor, Tensor)", lambda x: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1]))
     ),
-    "dnl_bottleneck_activate": Schema(
-        "(Tensor x, Tensor scale, Tensor shift, str activation, Tensor(a!) out) -> ()", lambda *_: None
+    "norm_activation_fwd": Schema(
+        "(Tensor x, Tensor scale, Tensor shift, str activation, Tensor(a!) out, bool pool=False) -> ()", lambda *_: None
     ),
-    "dnl_bottleneck_activate_bwd": Schema(
+    "norm_activation_pull": Schema(
         "(Tensor dz, Tensor x, Tensor scale, Tensor shift, Tensor mean, str activation, bool accumulate,"
-        " Tensor(a!) total) -> (Tensor, Tensor)",
+        " Tensor(a!) total, bool pool=False) -> (Tensor, Tensor)",
         lambda dz, x, *_: (x.new_empty(x.shape[1]), x.new_empty(x.shape[1])),
     ),
-    "dnl_bottleneck_correct": Schema(
+    "norm_activation_correct": Schema(
         "(Tensor x, Tensor rate, Tensor mean, Tensor constant, Tensor(a!) total) -> ()", lambda *_: None
     ),
 }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/conv.h"
+#include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/torch.h"
 
@@ -102,9 +103,7 @@ void activate_tile(const FlatPlane& f, const T* u, int64_t channels, const T* sc
 // Runs body(chunk, begin, end) for `chunks` equal shares of [0, count), in parallel.
 template <class Body>
 void parallel_chunks(int64_t chunks, int64_t count, Body body) {
-  parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; c++) body(c, c * count / chunks, (c + 1) * count / chunks);
-  });
+  parallel_tasks(chunks, 1, [&](int64_t c, int64_t) { body(c, c * count / chunks, (c + 1) * count / chunks); });
 }
 
 }  // namespace dnl

@@ -22,7 +22,6 @@ namespace dnl {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using torch::stable::parallel_for;
 
 inline bool is_half(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
 

@@ -43,9 +43,8 @@ class Backward {
           for (int64_t c = span.first; c < span.first + span.channels; c++, i++) fold(i, s.training ? c : i);
     }
     transformed_.resize(s.layers);
-    parallel_for(0, s.layers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t l = begin; l < end; l++)
-        transformed_[l] = transform_filters(t.weight + s.weight_offset(l), s.growth * s.layer_channels(l), form_);
+    parallel_tasks(s.layers, 1, [&](int64_t l, int64_t) {
+      transformed_[l] = transform_filters(t.weight + s.weight_offset(l), s.growth * s.layer_channels(l), form_);
     });
     if (s.norm && (s.training || !s.preactivation)) {
       centred_.resize(s.statistics());
@@ -113,14 +112,12 @@ class Backward {
     const int64_t affordable = std::max<int64_t>(1, (int64_t(1) << 24) / std::max<int64_t>(1, count * filters_));
     chunks_ = std::min(std::min(s_.tiling.count(), kConvChunks), affordable);
     packed_.resize(count * filters_);
-    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; k++) {
-        const int64_t l = consumers_[k], at = s_.position(l, j);
-        const int64_t channels = s_.layer_channels(l), size = s_.growth * channels * form_.taps;
-        for (int64_t part = 0; part < form_.parts; part++)
-          pack_transposed(transformed_[l].data() + part * size, s_.growth, channels, form_.taps, T(s_.tau), at, at + n,
-                          packed_.data() + k * filters_ + part * (filters_ / form_.parts));
-      }
+    parallel_tasks(count, 1, [&](int64_t k, int64_t) {
+      const int64_t l = consumers_[k], at = s_.position(l, j);
+      const int64_t channels = s_.layer_channels(l), size = s_.growth * channels * form_.taps;
+      for (int64_t part = 0; part < form_.parts; part++)
+        pack_transposed(transformed_[l].data() + part * size, s_.growth, channels, form_.taps, T(s_.tau), at, at + n,
+                        packed_.data() + k * filters_ + part * (filters_ / form_.parts));
     });
     dweight_.assign(chunks_ * count * filters_, T(0));
     sums_.assign(chunks_ * count * n * 2, 0.0);
@@ -227,21 +224,18 @@ class Backward {
       g_.beta[at] = static_cast<T>(plain);
       g_.gamma[at] = static_cast<T>(moment);
     }
-    parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      std::vector<double> sum(filters_);
-      for (int64_t k = begin; k < end; k++) {
-        const int64_t l = consumers_[k], at = s_.position(l, j), channels = s_.layer_channels(l);
-        std::fill(sum.begin(), sum.end(), 0.0);
-        for (int64_t chunk = 0; chunk < chunks_; chunk++) {
-          const T* part = dweight_.data() + (chunk * count + k) * filters_;
-          for (int64_t i = 0; i < filters_; i++) sum[i] += part[i];
-        }
-        T* dw = g_.weight + s_.weight_offset(l) + at * s_.taps;
-        const std::vector<double> found = untransform_filters(sum, n, s_.growth, form_);
-        for (int64_t o = 0; o < s_.growth; o++)
-          for (int64_t i = 0; i < n * s_.taps; i++)
-            dw[o * channels * s_.taps + i] = static_cast<T>(found[i * s_.growth + o] * s_.tau);
+    parallel_tasks(count, 1, [&](int64_t k, int64_t) {
+      const int64_t l = consumers_[k], at = s_.position(l, j), channels = s_.layer_channels(l);
+      std::vector<double> sum(filters_, 0.0);
+      for (int64_t chunk = 0; chunk < chunks_; chunk++) {
+        const T* part = dweight_.data() + (chunk * count + k) * filters_;
+        for (int64_t i = 0; i < filters_; i++) sum[i] += part[i];
       }
+      T* dw = g_.weight + s_.weight_offset(l) + at * s_.taps;
+      const std::vector<double> found = untransform_filters(sum, n, s_.growth, form_);
+      for (int64_t o = 0; o < s_.growth; o++)
+        for (int64_t i = 0; i < n * s_.taps; i++)
+          dw[o * channels * s_.taps + i] = static_cast<T>(found[i * s_.growth + o] * s_.tau);
     });
     coefficients(j);
   }

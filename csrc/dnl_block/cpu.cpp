@@ -19,15 +19,13 @@ class Forward {
           T* mean, T* var)
       : s_(s), t_(t), x0_(x0), states_(states), outputs_(outputs), mean_(mean), var_(var) {
     packed_.resize(s.packed_offset(s.layers));
-    parallel_for(0, s.layers, 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(s.layers, 1, [&](int64_t l, int64_t) {
       const Form form = s.form();
-      for (int64_t l = begin; l < end; l++) {
-        const int64_t channels = s.layer_channels(l), size = s.growth * channels * form.taps;
-        const std::vector<T> parts = transform_filters(t.weight + s.weight_offset(l), s.growth * channels, form);
-        for (int64_t k = 0; k < form.parts; k++)
-          pack_filters(parts.data() + k * size, s.growth, channels, form.taps, T(s.tau),
-                       packed_.data() + s.packed_offset(l) + k * size);
-      }
+      const int64_t channels = s.layer_channels(l), size = s.growth * channels * form.taps;
+      const std::vector<T> parts = transform_filters(t.weight + s.weight_offset(l), s.growth * channels, form);
+      for (int64_t k = 0; k < form.parts; k++)
+        pack_filters(parts.data() + k * size, s.growth, channels, form.taps, T(s.tau),
+                     packed_.data() + s.packed_offset(l) + k * size);
     });
     const int64_t folds = s.preactivation ? s.channel_offset[s.layers] : s.layers * s.growth;
     folded_.resize(s.norm ? folds : 0);
@@ -68,11 +66,9 @@ class Forward {
   void for_each_tile(Body body) {
     const int64_t length = grouped(s_.tiling.largest()).length(), planes = (kBlock + s_.growth) * s_.form().parts;
     const int64_t bytes = Scratch::bytes<int64_t>(s_.form().taps) + Scratch::bytes<T>(planes * length);
-    parallel_for(0, s_.tiling.count(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        Scratch scratch(bytes);
-        body(i, scratch);
-      }
+    parallel_tasks(s_.tiling.count(), 1, [&](int64_t i, int64_t) {
+      Scratch scratch(bytes);
+      body(i, scratch);
     });
   }
 

@@ -3,12 +3,13 @@
 #include <array>
 #include <cmath>
 
-#include "common/torch.h"
+#include "common/parallel.h"
 #include "nonlocal_attention/params.h"
 
 namespace dnl {
 namespace {
 
+constexpr int64_t kTilesPerTask = 16;  // of queries: packing the keys, once per task, is small next to them
 constexpr int64_t kTasks = 8;         // of a backward at least, so that one sample with one head uses several cores:
 constexpr int64_t kPartUnit = 24;     // whole groups of keys for every vector length
 constexpr int64_t kLeastPart = 264;   // fixed numbers, so that results do not depend on threads
@@ -115,7 +116,7 @@ Prepared prepare(const Tensor& query, const Tensor& key, const Tensor& value, co
   p.radius = r.radius.data_ptr();
   dispatch_float("nonlocal_attention", compute, [&](auto zero) {
     using T = decltype(zero);
-    parallel_for(0, p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
       DNL_ISA_CALL(nonlocal_prepare<T>(p, begin, end));
     });
   });
@@ -125,7 +126,7 @@ Prepared prepare(const Tensor& query, const Tensor& key, const Tensor& value, co
 void run_forward(const NonlocalParams& p, ScalarType compute) {
   dispatch_float("nonlocal_attention", compute, [&](auto zero) {
     using T = decltype(zero);
-    parallel_for(0, count_tiles<T>(p), 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(count_tiles<T>(p), kTilesPerTask, [&](int64_t begin, int64_t end) {
       DNL_ISA_CALL(nonlocal_fwd<T>(p, begin, end));
     });
   });
@@ -233,11 +234,11 @@ Tensor nonlocal_attention_pull(
   p.dquery_parts = parts.data_ptr();
   dispatch_float("nonlocal_attention", compute, [&](auto zero) {
     using T = decltype(zero);
-    parallel_for(0, samples * p.parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_tasks(samples * p.parts, 1, [&](int64_t begin, int64_t end) {
       DNL_ISA_CALL(nonlocal_bwd<T>(p, begin, end));
     });
     if (p.parts > 1)
-      parallel_for(0, count_tiles<T>(p), 1, [&](int64_t begin, int64_t end) {
+      parallel_tasks(count_tiles<T>(p), kTilesPerTask, [&](int64_t begin, int64_t end) {
         DNL_ISA_CALL(nonlocal_sum_parts<T>(p, begin, end));
       });
   });

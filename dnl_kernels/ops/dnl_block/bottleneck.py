@@ -1,5 +1,5 @@
 """dnl_block with a bottleneck (DenseNet-BC) as one autograd node on the CPU. The products belong to torch: the 1x1
-convolution is a GEMM over all pixels of a batch, the 3x3 one is torch's. Around them csrc/dnl_bottleneck reads and
+convolution is a GEMM over all pixels of a batch, the 3x3 one is torch's. Around them csrc/norm_activation reads and
 writes one prefix buffer: nothing is concatenated, statistics are computed once per channel, and the gradient of a
 state is corrected for them once, when all of its consumers are known (idea 3 of fused.py's kernels).
 
@@ -142,7 +142,7 @@ class _Run(Prefix):
     def load(self, layer: int, images: slice, norm: Norm, z: Tensor) -> None:
         """z = act(norm(the states that the layer reads))"""
         for channels, rows in self.parts(layer):
-            self.ops.dnl_bottleneck_activate(
+            self.ops.norm_activation_fwd(
                 self.states[images, channels], norm.scale[rows], norm.shift[rows], self.config.activation,
                 self.planes(z[rows]),
             )  # fmt: skip
@@ -154,7 +154,7 @@ class _Run(Prefix):
     def activated(self, layer: int, norm: Norm) -> Tensor:
         z = self.states.new_empty(self.batch, self.wide, self.height, self.width)
         y = self.planes(self.output(layer))
-        self.ops.dnl_bottleneck_activate(y, norm.scale, norm.shift, self.config.activation, z)
+        self.ops.norm_activation_fwd(y, norm.scale, norm.shift, self.config.activation, z)
         return z
 
     def convolve(self, layer: int, norm: Norm) -> Tensor:
@@ -178,7 +178,7 @@ class _Run(Prefix):
             dout, self.activated(layer, norm), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
             [True, True, False],
         )  # fmt: skip
-        plain, moment = self.ops.dnl_bottleneck_activate_bwd(
+        plain, moment = self.ops.norm_activation_pull(
             dz, y, norm.scale, norm.shift, norm.mean, activation, False, self.planes(dy)
         )
         return dy, dweight, plain, moment
@@ -248,7 +248,7 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
         dinner_gamma = moment * inner_norm.rate
         if measures:
             factor = inner_norm.scale * -run.share
-            run.ops.dnl_bottleneck_correct(
+            run.ops.norm_activation_correct(
                 run.planes(run.output(layer)), factor * inner_norm.rate * dinner_gamma, inner_norm.mean,
                 factor * plain, run.planes(dy),
             )  # fmt: skip
@@ -266,7 +266,7 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
             dweight.addmm_(dy[at], z.mT)
             torch.mm(weight.mT, dy[at], out=z)
             for channels, rows in run.parts(layer):
-                sums = run.ops.dnl_bottleneck_activate_bwd(
+                sums = run.ops.norm_activation_pull(
                     run.planes(z[rows]), run.states[images, channels], norm.scale[rows], norm.shift[rows],
                     norm.mean[rows], config.activation, True, total[images, channels],
                 )  # fmt: skip

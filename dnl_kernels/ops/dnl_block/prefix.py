@@ -105,7 +105,7 @@ class Prefix:
         """Mean, variance and rate of x [B, C, H, W] or [B, N, C] into the rows `at` of `found`."""
         if self.measures:
             x = x.to(self.dtype)
-            average, variance = self.ops.dnl_bottleneck_moments(x) if self.images else moments(x, self.axis)
+            average, variance = self.ops.norm_activation_moments(x) if self.images else moments(x, self.axis)
             found[0][at], found[1][at], found[2][at] = average, variance, self.rate(variance)
 
 
@@ -136,6 +136,6 @@ class Corrections:
         factor, constant = -r * r * self.moment[channels], -r * self.plain[channels]
         total = self.run.channels(self.total, channels)
         if self.run.images:
-            self.run.ops.dnl_bottleneck_correct(x, factor, mean, constant, total)
+            self.run.ops.norm_activation_correct(x, factor, mean, constant, total)
         else:
             total += torch.addcmul(constant, x - mean, factor)
