@@ -262,7 +262,7 @@ class DNLBlock(nn.Module):
                 updates.append((layer.norm, *(p[0] if len(p) == 1 else torch.cat(p) for p in parts)))
             elif layer.norm is not None:
                 updates.append((layer.norm, *next(output)))
-        _update(updates, found.elements)
+        update_running_statistics(updates, found.elements)
 
     @classmethod
     def from_torchvision(cls, block: nn.Module, *, backend: str | None = None) -> DNLBlock:
@@ -272,7 +272,8 @@ class DNLBlock(nn.Module):
         return convert_dense_block(block, backend=backend)
 
 
-def _update(found: list[tuple[Any, Tensor, Tensor]], elements: int) -> None:
+@torch.no_grad()
+def update_running_statistics(found: list[tuple[Any, Tensor, Tensor]], elements: int) -> None:
     """The running statistics of (normalisation, mean, biased variance), in place and as nn.BatchNorm2d: unbiased
     variance, momentum=None for the cumulative mean. Few calls for all of them: there may be a hundred."""
     found = [update for update in found if update[0].training and update[0].track_running_stats]

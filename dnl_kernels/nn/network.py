@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from .._activations import activate
 from .._checks import fail
-from .block import DNLBlock
+from ..ops.norm_activation import cpu as norm_activation
+from .block import DNLBlock, update_running_statistics
 
 OP = "DNLNet"
 
@@ -23,12 +24,35 @@ class NormActivation(nn.Module):
         self.norm = None if norm is None else nn.BatchNorm2d(channels)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return activate(x if self.norm is None else self.norm(x), self.activation)
+    def forward(self, x: Tensor, pool: bool = False) -> Tensor:
+        """pool: the means of 2x2 pixels. Odd sizes are rounded up, so 1x1 stays 1x1."""
+        if (fused := self._fused(x, pool)) is not None:
+            return fused
+        z = activate(x if self.norm is None else self.norm(x), self.activation)
+        return F.avg_pool2d(z, 2, ceil_mode=True) if pool else z
+
+    def _fused(self, x: Tensor, pool: bool) -> Tensor | None:
+        norm = self.norm
+        if type(norm) is not nn.BatchNorm2d:  # a subclass, such as SyncBatchNorm's, computes something else
+            return None
+        measures = norm.training or norm.running_mean is None
+        mean, var = (None, None) if measures else (norm.running_mean, norm.running_var)
+        if norm_activation.limit(x, mean):
+            return None
+        z, mean, var = norm_activation.norm_activation(
+            x, norm.weight, norm.bias, mean, var, self.activation, pool, norm.eps
+        )
+        if measures:
+            update_running_statistics([(norm, mean, var)], x.numel() // x.shape[1])
+        return z
 
 
 class Transition(nn.Module):
-    """BN, activation, 1x1 convolution, 2x2 average pooling. Odd sizes are rounded up, so 1x1 stays 1x1."""
+    """BN, activation, 2x2 average pooling, 1x1 convolution. Odd sizes are rounded up, so 1x1 stays 1x1.
+
+    DenseNet pools after the convolution. The two commute, both being linear and one acting within channels, the other
+    within pixels; this order has a fourth of the products.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, norm: str | None, activation: str):
         super().__init__()
@@ -36,7 +60,7 @@ class Transition(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=norm is None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.conv(self.norm(x)), 2, ceil_mode=True)
+        return self.conv(self.norm(x, pool=True))
 
 
 class DNLNet(nn.Module):
