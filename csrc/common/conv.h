@@ -135,12 +135,12 @@ struct Ahead {
   template <class T>                                                                                                \
   void activate_back_run(const T* dvalue, const T* u, int64_t n, T scale, T shift, T centre, Activation,            \
                          bool accumulate, T* total, double* sums);                                                  \
-  /* means of 2 x 2 pixels of a plane; where a side is odd, of those that there are */                              \
+  /* rows * columns means of 2 x 2 pixels of a plane; at the end of an odd side, of those that there are */         \
   template <class T>                                                                                                \
-  void pool_plane(const T* from, int64_t height, int64_t width, T* to);                                             \
-  /* its transpose: every pixel's share of the mean that it is in */                                                \
+  void pool_plane(const T* from, int64_t height, int64_t width, int64_t rows, int64_t columns, T* to);              \
+  /* its transpose: every pixel's share of the mean that it is in, 0 in none */                                     \
   template <class T>                                                                                                \
-  void unpool_plane(const T* from, int64_t height, int64_t width, T* to);                                           \
+  void unpool_plane(const T* from, int64_t height, int64_t width, int64_t rows, int64_t columns, T* to);            \
   /* total += rate * (x - centre) + constant for n numbers */                                                       \
   template <class T>                                                                                                \
   void correct_run(const T* x, int64_t n, T rate, T centre, T constant, T* total);                                  \

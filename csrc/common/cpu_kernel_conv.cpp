@@ -345,27 +345,26 @@ void activate_back_run(const T* dvalue, const T* u, int64_t n, T scale, T shift,
 }
 
 template <class T>
-void pool_plane(const T* from, int64_t height, int64_t width, T* to) {
-  const int64_t pairs = width / 2, odd = width % 2;
-  for (int64_t y = 0; y < height; y += 2, to += pairs + odd) {
-    const bool last = y + 1 == height;
-    const T *above = from + y * width, *below = last ? above : above + width, share = T(0.25);
-    // A row that is alone counts twice in a mean of four.
+void pool_plane(const T* from, int64_t height, int64_t width, int64_t rows, int64_t columns, T* to) {
+  const int64_t pairs = width / 2;
+  for (int64_t y = 0; y < rows; y++, to += columns) {
+    // A row or a column that is alone counts twice.
+    const T *above = from + 2 * y * width, *below = 2 * y + 1 < height ? above + width : above, share = T(0.25);
     for (int64_t x = 0; x < pairs; x++)
       to[x] = share * ((above[2 * x] + above[2 * x + 1]) + (below[2 * x] + below[2 * x + 1]));
-    if (odd) to[pairs] = T(0.5) * (above[width - 1] + below[width - 1]);
+    if (columns > pairs) to[pairs] = T(0.5) * (above[width - 1] + below[width - 1]);
   }
 }
 
 template <class T>
-void unpool_plane(const T* from, int64_t height, int64_t width, T* to) {
-  const int64_t pairs = width / 2, odd = width % 2;
+void unpool_plane(const T* from, int64_t height, int64_t width, int64_t rows, int64_t columns, T* to) {
+  const int64_t pairs = width / 2;
   for (int64_t y = 0; y < height; y++, to += width) {
-    const T* row = from + y / 2 * (pairs + odd);
-    const bool alone = y % 2 == 0 && y + 1 == height;
+    const bool pooled = y / 2 < rows, alone = y % 2 == 0 && y + 1 == height;
+    const T* row = from + y / 2 * columns;
     const T share = alone ? T(0.5) : T(0.25);
-    for (int64_t x = 0; x < pairs; x++) to[2 * x] = to[2 * x + 1] = share * row[x];
-    if (odd) to[width - 1] = 2 * share * row[pairs];
+    for (int64_t x = 0; x < pairs; x++) to[2 * x] = to[2 * x + 1] = pooled ? share * row[x] : T(0);
+    if (width % 2) to[width - 1] = pooled && columns > pairs ? 2 * share * row[pairs] : T(0);
   }
 }
 
@@ -405,8 +404,8 @@ void moments(const T* x, int64_t n, double* mean, double* deviations) {
   template void store_planes<T>(const Tile&, const T*, int64_t, int64_t, const T*, Planes<T>);                         \
   template void add_planes<T>(const Tile&, const T*, int64_t, int64_t, Planes<T>);                                     \
   template void activate_back_run<T>(const T*, const T*, int64_t, T, T, T, Activation, bool, T*, double*);             \
-  template void pool_plane<T>(const T*, int64_t, int64_t, T*);                                                         \
-  template void unpool_plane<T>(const T*, int64_t, int64_t, T*);                                                       \
+  template void pool_plane<T>(const T*, int64_t, int64_t, int64_t, int64_t, T*);                                                       \
+  template void unpool_plane<T>(const T*, int64_t, int64_t, int64_t, int64_t, T*);                                                     \
   template void correct_run<T>(const T*, int64_t, T, T, T, T*);                                                        \
   template void moments<T>(const T*, int64_t, double*, double*);
 DNL_INSTANTIATE(float)

@@ -32,11 +32,12 @@ Shape shape_of(const Tensor& x, std::initializer_list<const Tensor*> planes,
   return {x.size(0), x.size(1), x.size(2), x.size(3), x.size(2) * x.size(3)};
 }
 
-// Checked likewise: the result, in planes of the size that pooling leaves.
+// Checked likewise: the result, in planes of the size that pooling leaves, whichever way an odd side is rounded.
 void check_pooled(const Tensor& x, const Tensor& t, bool pool) {
   DNL_CHECK(t.dim() == 4 && t.scalar_type() == x.scalar_type() && dense(t), "norm_activation: planes");
   for (int64_t d = 0; d < 4; d++)
-    DNL_CHECK(t.size(d) == (pool && d > 1 ? (x.size(d) + 1) / 2 : x.size(d)), "norm_activation: pooled planes");
+    DNL_CHECK(pool && d > 1 ? t.size(d) == x.size(d) / 2 || t.size(d) == (x.size(d) + 1) / 2 : t.size(d) == x.size(d),
+              "norm_activation: pooled planes");
 }
 
 // Runs body(channel) for all channels, in parallel: a channel's sums depend on no thread count.
@@ -95,7 +96,7 @@ void norm_activation_fwd(const Tensor& x, const Tensor& scale, const Tensor& shi
         DNL_ISA_CALL(activate_run<T>(at(from, b, c).data, s.pixels, data<T>(scale)[c], data<T>(shift)[c],
                                      static_cast<const T*>(nullptr), act, pool ? plane : result,
                                      static_cast<T*>(nullptr)));
-        if (pool) DNL_ISA_CALL(pool_plane<T>(plane, s.height, s.width, result));
+        if (pool) DNL_ISA_CALL(pool_plane<T>(plane, s.height, s.width, out.size(2), out.size(3), result));
       }
     });
   });
@@ -120,7 +121,7 @@ std::tuple<Tensor, Tensor> norm_activation_pull(const Tensor& dz, const Tensor& 
       for (int64_t b = 0; b < s.batch; b++) {
         const T* g = at(gradient, b, c).data;
         if (pool) {
-          DNL_ISA_CALL(unpool_plane<T>(g, s.height, s.width, plane));
+          DNL_ISA_CALL(unpool_plane<T>(g, s.height, s.width, dz.size(2), dz.size(3), plane));
           g = plane;
         }
         DNL_ISA_CALL(activate_back_run<T>(g, at(from, b, c).data, s.pixels, data<T>(scale)[c], data<T>(shift)[c],

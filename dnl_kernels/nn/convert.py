@@ -1,4 +1,5 @@
-"""torchvision's DenseNets with their dense blocks replaced. torchvision is imported by `convert_densenet` only."""
+"""torchvision's DenseNets, block by block and transition by transition. torchvision is imported by `convert_densenet`
+only."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from .._checks import fail
 from .block import DNLBlock
+from .network import Transition
 
 NAMES = {"norm": "norm1", "affine": "conv1", "inner_norm": "norm2", "inner": "conv2"}  # ours: torchvision's
 
@@ -44,26 +46,47 @@ def convert_dense_block(block: nn.Module, *, backend: str | None = None) -> DNLB
     new.train(block.training)
     for layer, old in zip(new.layers, layers, strict=True):
         for name, old_name in NAMES.items():
-            source, target = getattr(old, old_name), getattr(layer, name)
-            target.load_state_dict(source.state_dict())
-            target.train(source.training)
-            for parameter, given in zip(target.parameters(), source.parameters(), strict=True):
-                parameter.requires_grad_(given.requires_grad)
+            _copy(getattr(old, old_name), getattr(layer, name))
     return new
 
 
+def convert_transition(transition: nn.Module) -> Transition:
+    """The Transition equal to a torchvision `_Transition`, with copies as of `convert_dense_block`."""
+    norm: Any = transition.norm
+    conv: Any = transition.conv
+    new = Transition(conv.in_channels, conv.out_channels, "batch", "relu", pool="floor")
+    new.norm.norm = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    new.conv = nn.Conv2d(conv.in_channels, conv.out_channels, 1, bias=conv.bias is not None)
+    new.to(conv.weight.device, conv.weight.dtype).train(transition.training)
+    for source, target in ((norm, new.norm.norm), (conv, new.conv)):
+        _copy(source, target)
+    return new
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    target.load_state_dict(source.state_dict())
+    target.train(source.training)
+    for parameter, given in zip(target.parameters(), source.parameters(), strict=True):
+        parameter.requires_grad_(given.requires_grad)
+
+
 def convert_densenet(model: nn.Module, *, backend: str | None = None) -> nn.Module:
-    """`model` with every torchvision `_DenseBlock` in it replaced in place by the equal DNLBlock; returns `model`.
+    """`model` with every torchvision `_DenseBlock` and `_Transition` in it replaced in place by the equal DNLBlock and
+    Transition; returns `model`.
 
     Raises:
         ValueError: there is no `_DenseBlock` in the model, or one with drop_rate > 0.
     """
-    from torchvision.models.densenet import _DenseBlock
+    from torchvision.models.densenet import _DenseBlock, _Transition
 
-    found = [(parent, name) for parent in model.modules() for name, child in parent.named_children()
-             if isinstance(child, _DenseBlock)]  # fmt: skip
-    if not found:
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+             if isinstance(child, (_DenseBlock, _Transition))]  # fmt: skip
+    if not any(isinstance(child, _DenseBlock) for _, _, child in found):
         fail("convert_densenet", "model", f"of type {type(model).__name__} without a _DenseBlock", "a DenseNet")
-    for parent, name in found:
-        setattr(parent, name, convert_dense_block(getattr(parent, name), backend=backend))
+    new = [
+        convert_dense_block(child, backend=backend) if isinstance(child, _DenseBlock) else convert_transition(child)
+        for _, _, child in found
+    ]
+    for (parent, name, _), module in zip(found, new, strict=True):
+        setattr(parent, name, module)
     return model

@@ -24,20 +24,20 @@ class NormActivation(nn.Module):
         self.norm = None if norm is None else nn.BatchNorm2d(channels)
         self.activation = activation
 
-    def forward(self, x: Tensor, pool: bool = False) -> Tensor:
-        """pool: the means of 2x2 pixels. Odd sizes are rounded up, so 1x1 stays 1x1."""
+    def forward(self, x: Tensor, pool: str | None = None) -> Tensor:
+        """pool: the means of 2x2 pixels, half of an odd size rounded as it says, "ceil" or "floor"."""
         if (fused := self._fused(x, pool)) is not None:
             return fused
         z = activate(x if self.norm is None else self.norm(x), self.activation)
-        return F.avg_pool2d(z, 2, ceil_mode=True) if pool else z
+        return F.avg_pool2d(z, 2, ceil_mode=pool == "ceil") if pool else z
 
-    def _fused(self, x: Tensor, pool: bool) -> Tensor | None:
+    def _fused(self, x: Tensor, pool: str | None) -> Tensor | None:
         norm = self.norm
         if type(norm) is not nn.BatchNorm2d:  # a subclass, such as SyncBatchNorm's, computes something else
             return None
         measures = norm.training or norm.running_mean is None
         mean, var = (None, None) if measures else (norm.running_mean, norm.running_var)
-        if norm_activation.limit(x, mean):
+        if norm_activation.limit(x, mean, pool):
             return None
         z, mean, var = norm_activation.norm_activation(
             x, norm.weight, norm.bias, mean, var, self.activation, pool, norm.eps
@@ -48,19 +48,21 @@ class NormActivation(nn.Module):
 
 
 class Transition(nn.Module):
-    """BN, activation, 2x2 average pooling, 1x1 convolution. Odd sizes are rounded up, so 1x1 stays 1x1.
+    """BN, activation, 2x2 average pooling, 1x1 convolution.
 
     DenseNet pools after the convolution. The two commute, both being linear and one acting within channels, the other
-    within pixels; this order has a fourth of the products.
+    within pixels; this order has a fourth of the products. pool: how half of an odd size is rounded, "ceil" (1x1 stays
+    1x1) or "floor", as in torchvision.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm: str | None, activation: str):
+    def __init__(self, in_channels: int, out_channels: int, norm: str | None, activation: str, pool: str = "ceil"):
         super().__init__()
         self.norm = NormActivation(in_channels, norm, activation)
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=norm is None)
+        self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.norm(x, pool=True))
+        return self.conv(self.norm(x, self.pool))
 
 
 class DNLNet(nn.Module):

@@ -9,6 +9,7 @@ from torchvision.models import densenet121
 
 import dnl_kernels as dnl
 from dnl_kernels.nn import convert_densenet
+from dnl_kernels.nn.network import Transition
 from dnl_kernels.testing import relative_error
 
 
@@ -108,6 +109,7 @@ def test_converted_densenet121_equals_the_original():
     original = densenet121(weights=None).double()
     converted = convert_densenet(copy.deepcopy(original))
     assert sum(isinstance(m, dnl.DNLBlock) for m in converted.modules()) == 4
+    assert sum(isinstance(m, Transition) for m in converted.modules()) == 3
     assert sum(p.numel() for p in converted.parameters()) == sum(p.numel() for p in original.parameters())
     x, target = torch.rand(2, 3, 64, 64, dtype=torch.float64), torch.tensor([3, 5])
     for _ in range(2):

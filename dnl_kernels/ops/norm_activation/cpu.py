@@ -15,17 +15,19 @@ from . import reference
 
 class Config(NamedTuple):
     activation: str
-    pool: bool
+    pool: str | None
     eps: float
     measures: bool
 
 
-def limit(x: Tensor, mean: Tensor | None) -> str | None:
-    """Why this implementation cannot run the call, or None. mean: as in `norm_activation`."""
+def limit(x: Tensor, mean: Tensor | None, pool: str | None = None) -> str | None:
+    """Why this implementation cannot run the call, or None. mean, pool: as in `norm_activation`."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.dim() != 4:
         return "norm_activation takes float32 or float64 images on the CPU"
     if mean is None and x.numel() <= x.shape[1]:
         return "statistics need more than one number per channel"
+    if pool == "floor" and min(x.shape[2:]) < 2:
+        return "nothing would be left of the images"
     if torch.compiler.is_compiling():
         return "a compiler fuses the reference itself"
     return _backend.absence("cpu")
@@ -33,7 +35,7 @@ def limit(x: Tensor, mean: Tensor | None) -> str | None:
 
 def norm_activation(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, activation: str,
-    pool: bool, eps: float,
+    pool: str | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The reference's result, and the mean and the biased variance of each channel: those given, or those of x."""
     return _function(Config(activation, pool, eps, mean is None), x, weight, bias, mean, var)
@@ -53,9 +55,9 @@ def _forward(config: Config, tensors):
     if config.measures:
         mean, var = ops.norm_activation_moments(x)
     scale, shift, _ = _folded(config, weight, bias, mean, var)
-    size = [(n + 1) // 2 for n in x.shape[2:]] if config.pool else x.shape[2:]
+    size = [(n + (config.pool == "ceil")) // 2 for n in x.shape[2:]] if config.pool else x.shape[2:]
     out = x.new_empty(*x.shape[:2], *size)
-    ops.norm_activation_fwd(x, scale, shift, config.activation, out, config.pool)
+    ops.norm_activation_fwd(x, scale, shift, config.activation, out, config.pool is not None)
     return (out, mean, var) if config.measures else (out, mean.clone(), var.clone())
 
 
@@ -66,7 +68,7 @@ def _backward(config: Config, dout, tensors, extra, needs):
     scale, shift, rate = _folded(config, weight, bias, mean, var)
     x, dx = x.contiguous(), x.new_empty(x.shape)
     plain, moment = ops.norm_activation_pull(
-        dout.contiguous(), x, scale, shift, mean, config.activation, False, dx, config.pool
+        dout.contiguous(), x, scale, shift, mean, config.activation, False, dx, config.pool is not None
     )
     dgamma = moment * rate
     if config.measures:
@@ -76,7 +78,8 @@ def _backward(config: Config, dout, tensors, extra, needs):
 
 
 def _reference(config: Config, tensors):
-    return reference.norm_activation(*tensors, config.activation, config.pool, config.eps)
+    x, weight, bias, mean, var = tensors
+    return reference.norm_activation(x, weight, bias, mean, var, config.activation, config.pool, config.eps)
 
 
 _function = differentiable(_forward, _backward, _reference, return_extra=True)
