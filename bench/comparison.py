@@ -168,15 +168,45 @@ def measure(case: Case, seconds: float = 3.0, clock: Callable[[], float] = time.
             "error": found[name].every if name in found else None,
             **_memory(one, timed[name], case),
         }
-    for phase in PHASES if case.train else ("forward",):
-        found_times = harness.interleave(
-            {name: functions[phase] for name, functions in timed.items()},
-            seconds=0.0 if SMOKE else seconds, rounds=1 if SMOKE else 5, warmup=0 if SMOKE else 1, clock=clock,
-        )  # fmt: skip
-        for name, times in found_times.items():
+    row["fma_gflops"], found_times = _quiet_times(timed, PHASES if case.train else ("forward",), seconds, clock)
+    for phase, of_ways in found_times.items():
+        for name, times in of_ways.items():
             row["ways"][name][phase] = harness.quantiles(times)
     torch._dynamo.reset()
     return row
+
+
+_best_rate = [0.0]  # GFLOP/s of multiply-adds, the most that this run of the suite has seen
+
+
+def _quiet_times(timed, phases, seconds: float, clock) -> tuple[float | None, dict[str, dict[str, list[float]]]]:
+    """The rate of multiply-adds beside the measurement, and phase -> way -> seconds.
+
+    Others on the same machine take from its cores at times, and not the same from every way. Where the rate falls short
+    of the best one of the run by a tenth, all is timed again, up to twice; the times with the highest rate count. The
+    times themselves decide nothing.
+    """
+
+    def rate() -> float:
+        found = harness.fma_ceiling() / 1e9
+        _best_rate[0] = max(_best_rate[0], found)
+        return found
+
+    attempts = []
+    for _ in range(1 if SMOKE or DEVICE != "cpu" else 3):
+        before = 0.0 if SMOKE or DEVICE != "cpu" else rate()
+        times = {
+            phase: harness.interleave(
+                {name: functions[phase] for name, functions in timed.items()},
+                seconds=0.0 if SMOKE else seconds, rounds=1 if SMOKE else 5, warmup=0 if SMOKE else 1, clock=clock,
+            )
+            for phase in phases
+        }  # fmt: skip
+        attempts.append((min(before, rate()) if before else 0.0, times))
+        if attempts[-1][0] >= 0.9 * _best_rate[0]:
+            break
+    found, times = max(attempts, key=lambda attempt: attempt[0])
+    return found or None, times
 
 
 def _memory(one: Way, functions: Mapping[str, Callable[[], object]], case: Case) -> dict[str, float | None]:

@@ -167,17 +167,16 @@ float run(long n) {
 
 
 @functools.cache
-def fma_ceiling(threads: int | None = None, seconds: float = 0.3) -> float:
-    """float32 FLOP/s of `threads` cores doing nothing but independent fused multiply-adds; 0 without a C compiler."""
+def _fma_loop() -> tuple[Any, int] | None:
+    """A compiled loop of independent multiply-adds, and how many numbers a vector has; None without a compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        return 0.0
-    threads = threads or torch.get_num_threads()
+        return None
+    capability = torch.backends.cpu.get_cpu_capability()
+    lanes, register = (16, "v") if capability.startswith("AVX512") else (8, "x")
+    if capability == "DEFAULT":
+        lanes, register = 4, "x" if "x86" in torch.__config__.show() else "w"
     with tempfile.TemporaryDirectory() as folder:
-        capability = torch.backends.cpu.get_cpu_capability()
-        lanes, register = (16, "v") if capability.startswith("AVX512") else (8, "x")
-        if capability == "DEFAULT":
-            lanes, register = 4, "x" if "x86" in torch.__config__.show() else "w"
         source = folder + "/fma.c"
         with open(source, "w") as file:
             file.write(_FMA_SOURCE % (lanes, register))
@@ -185,20 +184,31 @@ def fma_ceiling(threads: int | None = None, seconds: float = 0.3) -> float:
         flags = flags if lanes == 16 else [f for f in flags if "512" not in f]
         subprocess.run([compiler, *flags, source, "-o", folder + "/fma.so"], check=True)
         run = ctypes.CDLL(folder + "/fma.so").run
-        run.restype, run.argtypes = ctypes.c_float, [ctypes.c_long]
+    run.restype, run.argtypes = ctypes.c_float, [ctypes.c_long]
+    return run, lanes
 
-        def timed(count: int) -> float:
-            workers = [threading.Thread(target=run, args=(count,)) for _ in range(threads)]
-            start = time.perf_counter()
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            return time.perf_counter() - start
 
-        count = 1 << 20
-        count = max(count, int(count * seconds / timed(count) / 3))
-        return threads * count * 10 * lanes * 2 / min(timed(count) for _ in range(3))
+def fma_ceiling(threads: int | None = None, seconds: float = 0.1) -> float:
+    """float32 FLOP/s, now, of `threads` cores that do independent fused multiply-adds alone; 0 without a compiler.
+    The best of three runs of `seconds`."""
+    if (found := _fma_loop()) is None:
+        return 0.0
+    run, lanes = found
+    threads = threads or torch.get_num_threads()
+
+    def timed(count: int) -> float:
+        workers = [threading.Thread(target=run, args=(count,)) for _ in range(threads)]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return time.perf_counter() - start
+
+    time.sleep(0.02)  # until OpenMP's threads, which wait busily for more work, have gone to sleep
+    count = 1 << 20
+    count = max(count, int(count * seconds / timed(count)))
+    return threads * count * 10 * lanes * 2 / min(timed(count) for _ in range(3))
 
 
 @functools.cache

@@ -45,7 +45,10 @@ def ratio(row: Row, phase: str, peer: str) -> float | None:
 
 
 def rates(row: Row, phase: str, ceilings: dict[str, float]) -> tuple[str, str, str]:
-    """GFLOP/s, GB/s of the compulsory bytes, and the share of the ceiling that is nearer."""
+    """GFLOP/s, GB/s of the compulsory bytes, and the share of the ceiling that is nearer: the multiply-adds beside the
+    row itself, where they were measured."""
+    if row.get("fma_gflops"):
+        ceilings = ceilings | {"fma_gflops": row["fma_gflops"]}
     seconds = row["ways"]["ours"][phase]["median"]
     flops = {"both": sum(row["flops"].values())}.get(phase, row["flops"].get(phase, 0.0))
     moved = row["bytes"]["forward"] if phase == "forward" else 0.0
