@@ -42,6 +42,16 @@ struct Planes {
   int64_t image_stride, channel_stride;
 };
 
+// Flat planes `stride` apart, each from position 0: of a scratch, or of a tensor where they need no padding.
+template <class T>
+struct Stack {
+  T* data;
+  int64_t stride;
+
+  Stack plane(int64_t i) const { return {data + i * stride, stride}; }
+  Stack<const T> read() const { return {data, stride}; }
+};
+
 // A tile: images [image, image + flat.images), rows [row, row + flat.rows) of `height`.
 struct Tile {
   FlatPlane flat;
@@ -109,28 +119,27 @@ struct Ahead {
   /* value = mask * act(scale * u + shift), slope = mask * act'(...) for n numbers; mask and slope may be nullptr */   \
   template <class T>                                                                                                \
   void activate_run(const T* u, int64_t n, T scale, T shift, const T* mask, Activation, T* value, T* slope);        \
-  /* to_o (+)= sum_c sum_t from_c[. + taps_t] * weight[c, t, o], o < outputs <= kConvGroup; `from_stride` between */ \
-  /* planes of `from` */                                                                                            \
+  /* to_o (+)= sum_c sum_t from_c[. + taps_t] * weight[c, t, o] + bias_o (nullptr: 0), o < outputs <= kConvGroup */ \
   template <class T>                                                                                                \
-  void convolve(const FlatPlane&, const T* from, int64_t from_stride, int64_t channels, const int64_t* taps,        \
-                int64_t tap_count, const T* weight, int64_t outputs, bool accumulate, T* to, Ahead);                \
-  /* With q the same sums: v = q * slope; total_o (+)= scale_o * v; sums[o] += sum v, sums[kConvGroup + o] += sum v u. */ \
-  /* slope == nullptr: v = q where value > 0, else 0 (relu). sums may be nullptr. */                                \
+  void convolve(const FlatPlane&, Stack<const T> from, int64_t channels, const int64_t* taps, int64_t tap_count,    \
+                const T* weight, int64_t outputs, const T* bias, bool accumulate, Stack<T> to, Ahead);              \
+  /* With q the same sums, without bias: v = q * slope; total_o (+)= scale_o * v; sums[o] += sum v, */               \
+  /* sums[kConvGroup + o] += sum v u. No slope.data: v = q where value > 0, else 0 (relu). */                     \
   template <class T>                                                                                                \
-  void convolve_back(const FlatPlane&, const T* from, int64_t from_stride, int64_t channels, const int64_t* taps,   \
-                     int64_t tap_count, const T* weight, int64_t outputs, const T* value, const T* slope,           \
-                     int64_t slope_stride, const T* u, const T* scale, bool accumulate, T* total, double* sums,     \
-                     Ahead);                                                                                        \
+  void convolve_back(const FlatPlane&, Stack<const T> from, int64_t channels, const int64_t* taps,                  \
+                     int64_t tap_count, const T* weight, int64_t outputs, Stack<const T> value,                     \
+                     Stack<const T> slope, Stack<const T> u, const T* scale, bool accumulate, Stack<T> total,       \
+                     double* sums);                                                                                 \
   /* gradient[c, t, o] += sum_p value_c[p + taps_t] * dy_o[p], o < outputs <= kConvGroup, rows `row` elements apart */ \
   template <class T>                                                                                                \
-  void weight_gradient(const FlatPlane&, const T* value, int64_t value_stride, int64_t channels,                    \
-                       const int64_t* taps, int64_t tap_count, const T* dy, int64_t dy_stride, int64_t outputs, T* gradient, int64_t row);                  \
-  /* to = from + shift_c (nullptr: 0) for the pixels of the tile; planes of `from` are `from_stride` apart */        \
+  void weight_gradient(const FlatPlane&, Stack<const T> value, int64_t channels, const int64_t* taps,               \
+                       int64_t tap_count, Stack<const T> dy, int64_t outputs, T* gradient, int64_t row);            \
+  /* to = from for the pixels of the tile */                                                                        \
   template <class T>                                                                                                \
-  void store_planes(const Tile&, const T* from, int64_t from_stride, int64_t channels, const T* shift, Planes<T> to); \
+  void store_planes(const Tile&, Stack<const T> from, int64_t channels, Planes<T> to);                              \
   /* to += from for the pixels of the tile */                                                                       \
   template <class T>                                                                                                \
-  void add_planes(const Tile&, const T* from, int64_t from_stride, int64_t channels, Planes<T> to);                 \
+  void add_planes(const Tile&, Stack<const T> from, int64_t channels, Planes<T> to);                                \
   /* g = dvalue * act'(scale * u + shift) for n numbers: total (+)= scale * g; sums += sum g, sum g * (u - centre) */    \
   template <class T>                                                                                                \
   void activate_back_run(const T* dvalue, const T* u, int64_t n, T scale, T shift, T centre, Activation,            \

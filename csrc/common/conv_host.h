@@ -23,11 +23,14 @@ inline Activation activation_of(const std::string& name) {
   return Activation::identity;
 }
 
-// The tensor itself where the rows of each plane are dense, as they are in a slice of channels; else a copy.
+// Whether the rows of each plane are dense, as they are in a slice of channels.
+inline bool has_dense_planes(const Tensor& t) {
+  return (t.size(3) <= 1 || t.stride(3) == 1) && (t.size(2) <= 1 || t.stride(2) == t.size(3));
+}
+
+// The tensor itself where its planes are dense, and no half type; else a copy.
 inline Tensor with_dense_planes(const Tensor& t) {
-  const int64_t h = t.size(2), w = t.size(3);
-  if (!is_half(t.scalar_type()) && (w <= 1 || t.stride(3) == 1) && (h <= 1 || t.stride(2) == w)) return t;
-  return widened(t);
+  return !is_half(t.scalar_type()) && has_dense_planes(t) ? t : widened(t);
 }
 
 template <class T>
@@ -87,16 +90,17 @@ void fill_mask(const Tile& tile, T* mask) {
         for (int64_t x = 0; x < f.width; x++) mask[i * f.image() + y * f.pitch() + x] = T(1);
 }
 
-// value = mask * act(scale_c * u + shift_c) and its slope (nullptr: unwanted) over whole flat planes; scale and shift may
-// be nullptr.
+// value = mask * act(scale_c * u + shift_c) and its slope (nullptr: unwanted) over whole flat planes, or, without a mask,
+// over their pixels; scale and shift may be nullptr.
 template <class T>
-void activate_tile(const FlatPlane& f, const T* u, int64_t channels, const T* scale, const T* shift, const T* mask,
-                   Activation activation, T* value, T* slope) {
+void activate_tile(const FlatPlane& f, Stack<const T> u, int64_t channels, const T* scale, const T* shift,
+                   const T* mask, Activation activation, T* value, T* slope) {
+  const int64_t before = mask ? f.origin() : 0, n = mask ? f.length() : f.span();
   for (int64_t c = 0; c < channels; c++) {
-    const int64_t at = c * f.length() - f.origin();
+    const int64_t at = c * f.length() - before;
     const T a = scale ? scale[c] : T(1), b = shift ? shift[c] : T(0);
-    DNL_ISA_CALL(activate_run<T>(u + at, f.length(), a, b, mask - f.origin(), activation, value + at,
-                                 slope ? slope + at : nullptr));
+    DNL_ISA_CALL(activate_run<T>(u.data + c * u.stride - before, n, a, b, mask ? mask - before : nullptr, activation,
+                                 value + at, slope ? slope + at : nullptr));
   }
 }
 

@@ -164,19 +164,20 @@ void activate_run(const T* u, int64_t n, T scale, T shift, const T* mask, Activa
 }
 
 template <class T>
-void convolve(const FlatPlane& f, const T* from, int64_t from_stride, int64_t channels, const int64_t* taps,
-              int64_t tap_count, const T* weight, int64_t outputs, bool accumulate, T* to, Ahead next) {
-  const int64_t length = f.length(), span = f.span();
+void convolve(const FlatPlane& f, Stack<const T> from, int64_t channels, const int64_t* taps, int64_t tap_count,
+              const T* weight, int64_t outputs, const T* bias, bool accumulate, Stack<T> to, Ahead next) {
+  const int64_t span = f.span();
   dispatch_outputs(outputs, [&]<int O>() {
     Prefetcher ahead(next, span / (positions_per_tile(O) * kLanes<T>) * channels);
     for_each_tile<T, O>(span, [&]<int V>(int64_t p) {
       Vec<T> sum[O][V] = {};
-      accumulate_tile<T, O, V>(from + p, from_stride, channels, taps, tap_count, weight, sum, ahead);
+      accumulate_tile<T, O, V>(from.data + p, from.stride, channels, taps, tap_count, weight, sum, ahead);
 #pragma GCC unroll 6
       for (int o = 0; o < O; o++)
 #pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
-          T* out = to + o * length + p + v * kLanes<T>;
+          T* out = to.data + o * to.stride + p + v * kLanes<T>;
+          if (bias) sum[o][v] += broadcast(bias[o]);
           store(out, accumulate ? load(out) + sum[o][v] : sum[o][v]);
         }
     });
@@ -184,17 +185,16 @@ void convolve(const FlatPlane& f, const T* from, int64_t from_stride, int64_t ch
 }
 
 template <class T>
-void convolve_back(const FlatPlane& f, const T* from, int64_t from_stride, int64_t channels, const int64_t* taps,
-                   int64_t tap_count, const T* weight, int64_t outputs, const T* value, const T* slope,
-                   int64_t slope_stride, const T* u, const T* scale, bool accumulate, T* total, double* sums,
-                   Ahead next) {
-  const int64_t length = f.length(), span = f.span();
+void convolve_back(const FlatPlane& f, Stack<const T> from, int64_t channels, const int64_t* taps, int64_t tap_count,
+                   const T* weight, int64_t outputs, Stack<const T> value, Stack<const T> slope, Stack<const T> u,
+                   const T* scale, bool accumulate, Stack<T> total, double* sums) {
+  const int64_t span = f.span();
   dispatch_outputs(outputs, [&]<int O>() {
-    Prefetcher ahead(next, span / (positions_per_tile(O) * kLanes<T>) * channels);
+    Prefetcher ahead(Ahead{}, 1);
     Vec<T> plain[O] = {}, moment[O] = {};
     for_each_tile<T, O>(span, [&]<int V>(int64_t p) {
       Vec<T> sum[O][V] = {};
-      accumulate_tile<T, O, V>(from + p, from_stride, channels, taps, tap_count, weight, sum, ahead);
+      accumulate_tile<T, O, V>(from.data + p, from.stride, channels, taps, tap_count, weight, sum, ahead);
       const auto finish = [&]<bool kLast>() {
 #pragma GCC unroll 6
         for (int o = 0; o < O; o++) {
@@ -202,16 +202,17 @@ void convolve_back(const FlatPlane& f, const T* from, int64_t from_stride, int64
           Vec<T> tile_plain{}, tile_moment{};
 #pragma GCC unroll 8
           for (int v = 0; v < V; v++) {
-            const int64_t at = p + v * kLanes<T>, i = o * length + at;
+            const int64_t at = p + v * kLanes<T>;
             Vec<T> g = sum[o][v];
-            if (slope)
-              g *= load(slope + o * slope_stride + at);
+            if (slope.data)
+              g *= load(slope.data + o * slope.stride + at);
             else
-              g = load(value + i) <= Vec<T>{} ? Vec<T>{} : g;
+              g = load(value.data + o * value.stride + at) <= Vec<T>{} ? Vec<T>{} : g;
             if constexpr (kLast) g = first_lanes<T>(g, span - at);  // the pixels after the last belong to another tile
             tile_plain += g;
-            tile_moment += g * load(u + i);
-            store(total + i, accumulate ? load(total + i) + g * s : g * s);
+            tile_moment += g * load(u.data + o * u.stride + at);
+            T* to = total.data + o * total.stride + at;
+            store(to, accumulate ? load(to) + g * s : g * s);
           }
           plain[o] += tile_plain;
           moment[o] += tile_moment;
@@ -222,20 +223,19 @@ void convolve_back(const FlatPlane& f, const T* from, int64_t from_stride, int64
       else
         finish.template operator()<true>();
     });
-    if (sums)
-      for (int o = 0; o < O; o++) {
-        sums[o] += sum_lanes<T>(plain[o]);
-        sums[kConvGroup + o] += sum_lanes<T>(moment[o]);
-      }
+    for (int o = 0; o < O; o++) {
+      sums[o] += sum_lanes<T>(plain[o]);
+      sums[kConvGroup + o] += sum_lanes<T>(moment[o]);
+    }
   });
 }
 
 template <class T>
-void weight_gradient(const FlatPlane& f, const T* value, int64_t value_stride, int64_t channels, const int64_t* taps,
-                     int64_t tap_count, const T* dy, int64_t dy_stride, int64_t outputs, T* gradient, int64_t row) {
+void weight_gradient(const FlatPlane& f, Stack<const T> value, int64_t channels, const int64_t* taps,
+                     int64_t tap_count, Stack<const T> dy, int64_t outputs, T* gradient, int64_t row) {
   const int64_t span = f.span(), streams = channels * tap_count;
   dispatch_outputs(outputs, [&]<int O>() {
-    const T* plane = value;  // of the next stream, and its tap
+    const T* plane = value.data;  // of the next stream, and its tap
     int64_t tap = 0;
     const auto pass = [&]<int S>(int64_t first) {
       const T* x[S];
@@ -244,7 +244,7 @@ void weight_gradient(const FlatPlane& f, const T* value, int64_t value_stride, i
         if (first + i + 1 >= streams) continue;  // the last pass repeats the last stream
         if (++tap == tap_count) {
           tap = 0;
-          plane += value_stride;
+          plane += value.stride;
         }
       }
       Vec<T> sum[S][O] = {};
@@ -254,7 +254,7 @@ void weight_gradient(const FlatPlane& f, const T* value, int64_t value_stride, i
         for (int i = 0; i < S; i++) in[i] = load(x[i] + p);
 #pragma GCC unroll 6
         for (int o = 0; o < O; o++) {
-          Vec<T> g = restrict_lanes(load(dy + o * dy_stride + p));
+          Vec<T> g = restrict_lanes(load(dy.data + o * dy.stride + p));
           DNL_IN_REGISTER(g);  // loads are as scarce as multiplications here: not once more for each stream
 #pragma GCC unroll 4
           for (int i = 0; i < S; i++) sum[i][o] += in[i] * g;
@@ -277,20 +277,18 @@ void weight_gradient(const FlatPlane& f, const T* value, int64_t value_stride, i
 }
 
 template <class T>
-void store_planes(const Tile& tile, const T* from, int64_t from_stride, int64_t channels, const T* shift,
-                  Planes<T> to) {
+void store_planes(const Tile& tile, Stack<const T> from, int64_t channels, Planes<T> to) {
   const FlatPlane& f = tile.flat;
   constexpr int64_t lanes = kLanes<T>;
   const int64_t size = f.rows * f.width;
-  for (int64_t c = 0; c < channels; c++) {
-    const Vec<T> h = broadcast(shift ? shift[c] : T(0));
+  for (int64_t c = 0; c < channels; c++)
     for (int64_t i = 0; i < f.images; i++) {
-      const T* pixels = from + c * from_stride + i * f.image();
+      const T* pixels = from.data + c * from.stride + i * f.image();
       T* out = to.data + i * to.image_stride + c * to.channel_stride + tile.row * f.width;
       for (int64_t y = 0; y < f.rows; y++)
         for (int64_t x = 0; x < f.width; x += lanes) {
           const int64_t at = y * f.width + x;
-          const Vec<T> v = load(pixels + y * f.pitch() + x) + h;
+          const Vec<T> v = load(pixels + y * f.pitch() + x);
           // A whole vector may run into the next row, which is written later, but not out of the tile.
           if (at + lanes <= size)
             store(out + at, v);
@@ -298,16 +296,15 @@ void store_planes(const Tile& tile, const T* from, int64_t from_stride, int64_t 
             store_partial(out + at, v, int(size - at));
         }
     }
-  }
 }
 
 template <class T>
-void add_planes(const Tile& tile, const T* from, int64_t from_stride, int64_t channels, Planes<T> to) {
+void add_planes(const Tile& tile, Stack<const T> from, int64_t channels, Planes<T> to) {
   const FlatPlane& f = tile.flat;
   constexpr int64_t lanes = kLanes<T>;
   for (int64_t c = 0; c < channels; c++)
     for (int64_t i = 0; i < f.images; i++) {
-      const T* pixels = from + c * from_stride + i * f.image();
+      const T* pixels = from.data + c * from.stride + i * f.image();
       T* out = to.data + i * to.image_stride + c * to.channel_stride + tile.row * f.width;
       for (int64_t y = 0; y < f.rows; y++, pixels += f.pitch(), out += f.width) {
         int64_t x = 0;
@@ -395,14 +392,14 @@ void moments(const T* x, int64_t n, double* mean, double* deviations) {
 #define DNL_INSTANTIATE(T)                                                                                             \
   template void load_planes<T>(const Tile&, Planes<const T>, int64_t, const T*, const T*, Activation, T*);             \
   template void activate_run<T>(const T*, int64_t, T, T, const T*, Activation, T*, T*);                                \
-  template void convolve<T>(const FlatPlane&, const T*, int64_t, int64_t, const int64_t*, int64_t, const T*, int64_t,  \
-                            bool, T*, Ahead);                                                                              \
-  template void convolve_back<T>(const FlatPlane&, const T*, int64_t, int64_t, const int64_t*, int64_t, const T*,      \
-                                 int64_t, const T*, const T*, int64_t, const T*, const T*, bool, T*, double*, Ahead);  \
-  template void weight_gradient<T>(const FlatPlane&, const T*, int64_t, int64_t, const int64_t*, int64_t, const T*,     \
-                                   int64_t, int64_t, T*, int64_t);                                                              \
-  template void store_planes<T>(const Tile&, const T*, int64_t, int64_t, const T*, Planes<T>);                         \
-  template void add_planes<T>(const Tile&, const T*, int64_t, int64_t, Planes<T>);                                     \
+  template void convolve<T>(const FlatPlane&, Stack<const T>, int64_t, const int64_t*, int64_t, const T*, int64_t,      \
+                            const T*, bool, Stack<T>, Ahead);                                                          \
+  template void convolve_back<T>(const FlatPlane&, Stack<const T>, int64_t, const int64_t*, int64_t, const T*, int64_t, \
+                                 Stack<const T>, Stack<const T>, Stack<const T>, const T*, bool, Stack<T>, double*);   \
+  template void weight_gradient<T>(const FlatPlane&, Stack<const T>, int64_t, const int64_t*, int64_t, Stack<const T>, \
+                                   int64_t, T*, int64_t);                                                              \
+  template void store_planes<T>(const Tile&, Stack<const T>, int64_t, Planes<T>);                                      \
+  template void add_planes<T>(const Tile&, Stack<const T>, int64_t, Planes<T>);                                        \
   template void activate_back_run<T>(const T*, const T*, int64_t, T, T, T, Activation, bool, T*, double*);             \
   template void pool_plane<T>(const T*, int64_t, int64_t, int64_t, int64_t, T*);                                                       \
   template void unpool_plane<T>(const T*, int64_t, int64_t, int64_t, int64_t, T*);                                                     \

@@ -13,8 +13,22 @@ struct Problem {
   Activation activation;
   double scale;
   int64_t batch, height, width, channels, outputs, size, taps;
+  // Filters of one pixel need no padding: planes of whole vectors are read and written where they lie, in rows of
+  // kPlaneAlign pixels, image by image.
+  bool in_place;
   Tiling tiling;
 };
+
+bool fits_in_place(int64_t size, int64_t pixels) {
+  return size == 1 && pixels % kPlaneAlign == 0 && pixels >= kFewPositions;
+}
+
+Tiling tiling_of(int64_t batch, int64_t height, int64_t width, int64_t size) {
+  if (!fits_in_place(size, height * width)) return Tiling(batch, height, width, size / 2);
+  Tiling tiling(batch, height * width / kPlaneAlign, kPlaneAlign, 0);
+  tiling.images = 1;
+  return tiling;
+}
 
 std::optional<Tensor> prepared(const std::optional<Tensor>& t, int64_t length, const char* name) {
   if (!t.has_value()) return std::nullopt;
@@ -51,13 +65,32 @@ Problem prepare(const std::vector<Tensor>& states, const Tensor& weight, const s
           weight.size(0),
           size,
           size * size,
-          Tiling(batch, height, width, size / 2)};
+          fits_in_place(size, height * width),
+          tiling_of(batch, height, width, size)};
 }
 
 template <class T>
 const T* from_channel(const std::optional<Tensor>& t, int64_t channel) {
   const T* data = data_or_null<T>(t);
   return data ? data + channel : nullptr;
+}
+
+template <class T>
+Stack<T> in_place(const Tile& tile, Planes<T> planes) {
+  return {planes.data + tile.row * tile.flat.width, planes.channel_stride};
+}
+
+// act(scale_c * x + shift_c) for some channels of a tile: where they lie, or else in `copy`.
+template <class T>
+Stack<const T> read(const Problem& p, const Tile& tile, Planes<const T> x, int64_t channels, const T* scale,
+                    const T* shift, Activation activation, T* copy) {
+  const FlatPlane& f = tile.flat;
+  if (p.in_place && activation == Activation::identity && !scale && !shift) return in_place(tile, x);
+  if (p.in_place)
+    activate_tile<T>(f, in_place(tile, x), channels, scale, shift, nullptr, activation, copy, nullptr);
+  else
+    DNL_ISA_CALL(load_planes<T>(tile, x, channels, scale, shift, activation, copy));
+  return {copy, f.length()};
 }
 
 template <class T>
@@ -74,23 +107,27 @@ void forward(const Problem& p, const T* bias, Planes<T> y) {
       const Tile tile = p.tiling.tile(i);
       const FlatPlane& f = tile.flat;
       tap_offsets(f, false, taps);
-      T *in = planes + f.origin(), *out = in + block * f.length();
+      T* copy = planes + f.origin();
+      const Planes<T> to = at(y, tile.image, 0);
+      const Stack<T> out = p.in_place ? in_place(tile, to) : Stack<T>{copy + block * f.length(), f.length()};
       int64_t channel = 0;
+      const auto add = [&](Stack<const T> in, int64_t n) {
+        for_each_group(p.outputs, [&](int64_t o, int64_t outputs) {
+          const T* w = packed.data() + (o * p.channels + channel * outputs) * p.taps;
+          DNL_ISA_CALL(convolve<T>(f, in, n, taps, p.taps, w, outputs, bias && channel == 0 ? bias + o : nullptr,
+                                   channel > 0, out.plane(o), Ahead{}));
+        });
+        channel += n;
+      };
       for (const Tensor& state : p.states)
         for (int64_t c = 0; c < state.size(1); c += block) {
           const int64_t n = std::min(block, state.size(1) - c);
-          DNL_ISA_CALL(load_planes<T>(tile, at(planes_of<const T>(state), tile.image, c), n,
-                                      from_channel<T>(p.norm_scale, channel), from_channel<T>(p.norm_shift, channel),
-                                      p.activation, in));
-          for_each_group(p.outputs, [&](int64_t o, int64_t outputs) {
-            const T* w = packed.data() + (o * p.channels + channel * outputs) * p.taps;
-            DNL_ISA_CALL(convolve<T>(f, in, f.length(), n, taps, p.taps, w, outputs, channel > 0, out + o * f.length(),
-                                     Ahead{}));
-          });
-          channel += n;
+          add(read<T>(p, tile, at(planes_of<const T>(state), tile.image, c), n, from_channel<T>(p.norm_scale, channel),
+                      from_channel<T>(p.norm_shift, channel), p.activation, copy),
+              n);
         }
-      if (channel == 0) std::fill(out - f.origin(), out - f.origin() + p.outputs * f.length(), T(0));
-      DNL_ISA_CALL(store_planes<T>(tile, out, f.length(), p.outputs, bias, at(y, tile.image, 0)));
+      if (channel == 0) add({copy, f.length()}, 0);  // nothing but the bias
+      if (!p.in_place) DNL_ISA_CALL(store_planes<T>(tile, out.read(), p.outputs, to));
     }
   });
 }
@@ -110,6 +147,7 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
   const int64_t affordable = std::max<int64_t>(1, (int64_t(1) << 24) / std::max<int64_t>(1, filters));
   const int64_t chunks = std::min(std::min(tiles, kConvChunks), affordable);
   const bool pull = !g.states.empty() || g.norm_scale || g.norm_shift;
+  const bool plain = p.activation == Activation::identity && !p.norm_scale && !p.norm_shift;
   std::vector<T> packed(pull ? filters : 0), partial(g.weight ? chunks * filters : 0);
   const int64_t row = 2 * p.channels + p.outputs;  // sums of v and v * x for each channel, of dy for each output
   std::vector<double> sums(chunks * row);
@@ -119,6 +157,7 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
 
   const int64_t length = p.tiling.largest().length(), planes = p.outputs + 4 * kConvGroup + 1;
   const int64_t bytes = 2 * Scratch::bytes<int64_t>(p.taps) + Scratch::bytes<T>(planes * length);
+  const T* const none = nullptr;
   parallel_chunks(chunks, tiles, [&](int64_t chunk, int64_t begin, int64_t end) {
     Scratch scratch(bytes);
     int64_t *taps = scratch.take<int64_t>(p.taps), *mirrored = scratch.take<int64_t>(p.taps);
@@ -131,12 +170,11 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
       tap_offsets(f, false, taps);
       tap_offsets(f, true, mirrored);
       T* mask = base + f.origin();
-      T *u = mask + f.length(), *value = u + kConvGroup * f.length(), *slope = value + kConvGroup * f.length();
-      T *total = slope + kConvGroup * f.length(), *grad = total + kConvGroup * f.length();
-      fill_mask(tile, mask);
+      T *copy = mask + f.length(), *values = copy + kConvGroup * f.length(), *slopes = values + kConvGroup * f.length();
+      T *products = slopes + kConvGroup * f.length(), *gradients = products + kConvGroup * f.length();
+      if (!p.in_place && !plain) fill_mask(tile, mask);
       const Planes<const T> dy_tile = at(dy, tile.image, 0);
-      DNL_ISA_CALL(load_planes<T>(tile, dy_tile, p.outputs, static_cast<const T*>(nullptr),
-                                  static_cast<const T*>(nullptr), Activation::identity, grad));
+      const Stack<const T> grad = read(p, tile, dy_tile, p.outputs, none, none, Activation::identity, gradients);
       for (int64_t o = 0; g.bias && o < p.outputs; o++)
         for (int64_t b = 0; b < f.images; b++) {
           const int64_t pixels = f.rows * f.width;
@@ -149,31 +187,44 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
         for_each_group(p.states[s].size(1), [&](int64_t c, int64_t n) {
           const int64_t at_channel = channel + c;
           const T* a = from_channel<T>(p.norm_scale, at_channel);
-          DNL_ISA_CALL(load_planes<T>(tile, at(planes_of<const T>(p.states[s]), tile.image, c), n,
-                                      static_cast<const T*>(nullptr), static_cast<const T*>(nullptr),
-                                      Activation::identity, u));
-          activate_tile(f, u, n, a, from_channel<T>(p.norm_shift, at_channel), mask, p.activation, value, slope);
+          const Planes<const T> x = at(planes_of<const T>(p.states[s]), tile.image, c);
+          const Stack<const T> u = read(p, tile, x, n, none, none, Activation::identity, copy);
+          Stack<const T> value = u, slope{nullptr, 0};
+          if (!plain) {
+            const bool relu = p.activation == Activation::relu;  // its values tell the slope
+            activate_tile<T>(f, u, n, a, from_channel<T>(p.norm_shift, at_channel), p.in_place ? nullptr : mask,
+                             p.activation, values, relu ? nullptr : slopes);
+            value = {values, f.length()};
+            if (!relu) slope = {slopes, f.length()};
+          }
           if (pull) {
-            double moment[2 * kConvGroup] = {};
-            DNL_ISA_CALL(convolve_back<T>(f, grad, f.length(), p.outputs, mirrored, p.taps,
-                                          packed.data() + at_channel * p.outputs * p.taps, n, value, slope, f.length(),
-                                          u, a, false, total, moment, Ahead{}));
-            for (int64_t k = 0; k < n; k++) {
-              sum[2 * (at_channel + k)] += moment[k];
-              sum[2 * (at_channel + k) + 1] += moment[kConvGroup + k];
+            const T* w = packed.data() + at_channel * p.outputs * p.taps;
+            const bool wanted = !g.states.empty(), in_place_now = wanted && p.in_place;
+            const Planes<T> to = wanted ? at(g.states[s], tile.image, c) : Planes<T>{nullptr, 0, 0};
+            const Stack<T> total = in_place_now ? in_place(tile, to) : Stack<T>{products, f.length()};
+            const bool add = in_place_now && g.accumulate;
+            if (plain) {
+              DNL_ISA_CALL(convolve<T>(f, grad, p.outputs, mirrored, p.taps, w, n, none, add, total, Ahead{}));
+            } else {
+              double moment[2 * kConvGroup] = {};
+              DNL_ISA_CALL(convolve_back<T>(f, grad, p.outputs, mirrored, p.taps, w, n, value, slope, u, a, add, total,
+                                            moment));
+              for (int64_t k = 0; k < n; k++) {
+                sum[2 * (at_channel + k)] += moment[k];
+                sum[2 * (at_channel + k) + 1] += moment[kConvGroup + k];
+              }
             }
-            if (!g.states.empty()) {
-              const Planes<T> to = at(g.states[s], tile.image, c);
+            if (wanted && !p.in_place) {
               if (g.accumulate) {
-                DNL_ISA_CALL(add_planes<T>(tile, total, f.length(), n, to));
+                DNL_ISA_CALL(add_planes<T>(tile, total.read(), n, to));
               } else {
-                DNL_ISA_CALL(store_planes<T>(tile, total, f.length(), n, static_cast<const T*>(nullptr), to));
+                DNL_ISA_CALL(store_planes<T>(tile, total.read(), n, to));
               }
             }
           }
           if (g.weight)
             for_each_group(p.outputs, [&](int64_t o, int64_t outputs) {
-              DNL_ISA_CALL(weight_gradient<T>(f, value, f.length(), n, taps, p.taps, grad + o * f.length(), f.length(), outputs,
+              DNL_ISA_CALL(weight_gradient<T>(f, value, n, taps, p.taps, grad.plane(o), outputs,
                                               dweight + at_channel * p.taps * p.outputs + o, p.outputs));
             });
         });
@@ -260,7 +311,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dense_conv2d_pull(
   DNL_CHECK(total.size() == p.states.size(), "dense_conv2d: as many gradients as states");
   for (size_t s = 0; s < total.size(); s++)
     DNL_CHECK(same_sizes(total[s], p.states[s]) && total[s].scalar_type() == p.weight.scalar_type() &&
-                  (p.width <= 1 || total[s].stride(3) == 1) && (p.height <= 1 || total[s].stride(2) == p.width),
+                  has_dense_planes(total[s]),
               "dense_conv2d: a gradient differs from its state");
   const auto empty = [&](std::vector<int64_t> sizes) { return torch::stable::new_empty(p.weight, sizes); };
   Tensor dweight = empty({p.outputs, p.channels, p.size, p.size}), dbias = empty({p.outputs});

@@ -162,8 +162,9 @@ class Backward {
         DNL_ISA_CALL(gather<T>(tile, x, n, scale, shift, act, value));
         for (int64_t part = 0; part < form_.parts; part++) {
           const T* w = packed_.data() + k * filters_ + part * part_filters + c * s_.growth * form_.taps;
-          DNL_ISA_CALL(convolve<T>(wide, dy.data + part * dy.part - lead * wide.pitch(), dy.channel, s_.growth, mirrored,
-                                   form_.taps, w, n, false, products + part * n * wide.length(),
+          DNL_ISA_CALL(convolve<T>(wide, {dy.data + part * dy.part - lead * wide.pitch(), dy.channel}, s_.growth,
+                                   mirrored, form_.taps, w, n, nullptr, false,
+                                   {products + part * n * wide.length(), wide.length()},
                                    next.share(part, form_.parts)));
         }
         double* sum = sums_.data() + ((chunk * count + k) * channels + c) * 2;
@@ -172,9 +173,9 @@ class Backward {
         for (int64_t part = 0; part < form_.parts; part++) {
           T* dw = dweight_.data() + (chunk * count + k) * filters_ + part * part_filters + c * form_.taps * s_.growth;
           for_each_group(s_.growth, [&](int64_t o, int64_t outputs) {
-            DNL_ISA_CALL(weight_gradient<T>(f, value + part * f.length(), form_.parts * f.length(), n, taps, form_.taps,
-                                            dy.data + part * dy.part + o * dy.channel, dy.channel, outputs, dw + o,
-                                            s_.growth));
+            DNL_ISA_CALL(weight_gradient<T>(f, {value + part * f.length(), form_.parts * f.length()}, n, taps,
+                                            form_.taps, {dy.data + part * dy.part + o * dy.channel, dy.channel}, outputs,
+                                            dw + o, s_.growth));
           });
         }
       }

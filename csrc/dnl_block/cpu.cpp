@@ -151,8 +151,8 @@ class Forward {
           for_each_group(s_.growth, [&](int64_t o, int64_t outputs) {
             const T* w = packed_.data() + s_.packed_offset(l) +
                          (k * s_.growth * channels + o * channels + channel * outputs) * form.taps;
-            DNL_ISA_CALL(convolve<T>(f, in + k * length, form.parts * length, n, taps, form.taps, w, outputs,
-                                     channel > 0, out + (k * s_.growth + o) * length,
+            DNL_ISA_CALL(convolve<T>(f, {in + k * length, form.parts * length}, n, taps, form.taps, w, outputs, nullptr,
+                                     channel > 0, {out + (k * s_.growth + o) * length, length},
                                      o + outputs == s_.growth ? next.share(k, form.parts) : Ahead{}));
           });
         channel += n;
