@@ -110,6 +110,26 @@ def _dnl_layer_bwd(dout, states, skip_input, *others):
     )
 
 
+_ATTEND = (
+    "Tensor[] weights, Tensor?[] biases, Tensor output_weight, Tensor? output_bias, Tensor? bandwidth, int heads,"
+    " bool residual"
+)
+
+
+def _dnl_layer_attend(y, weights, biases, output_weight, output_bias, bandwidth, heads, residual, out):
+    numbers = y.shape[2] * y.shape[3]
+    row = y.new_empty((y.shape[0], heads, numbers), dtype=_accumulation_dtype(y))
+    return y.new_empty((y.shape[0], heads, weights[-1].shape[0] // heads, numbers)), row, torch.empty_like(row)
+
+
+def _dnl_layer_attend_pull(dx, y, attended, shift, total, weights, biases, output_weight, output_bias, bandwidth, *_):
+    rows, channels = sum(w.shape[0] for w in weights), y.shape[1]
+    biased = any(b is not None for b in biases)
+    sizes = ((rows, channels), (rows * biased,), output_weight.shape)
+    ends = ((0 if t is None else t.shape[0],) for t in (output_bias, bandwidth))
+    return shift.new_empty(y.shape), *(shift.new_empty(size) for size in (*sizes, *ends))
+
+
 def _dnl_block_fwd(
     x0, weight, bias, gamma, beta, mean, var, connectivity, growth_rate, size, preactivation, norm, training,
     activation, tau, eps,
@@ -294,6 +314,14 @@ SCHEMAS: dict[str, Schema] = {
     "dnl_layer_fwd": Schema(f"({_LAYER_TAIL}) -> Tensor", _dnl_layer_fwd),
     "dnl_layer_bwd": Schema(
         f"(Tensor dout, {_LAYER_TAIL}, bool need_states, bool need_parameters) -> (Tensor[], Tensor)", _dnl_layer_bwd
+    ),
+    # CPU: the layer's non-local operator with its projections, the result into `out`; what is kept of it; and its
+    # backward. Never seen by autograd or torch.compile.
+    "dnl_layer_attend": Schema(f"(Tensor y, {_ATTEND}, Tensor(a!) out) -> (Tensor, Tensor, Tensor)", _dnl_layer_attend),
+    "dnl_layer_attend_pull": Schema(
+        f"(Tensor dx, Tensor y, Tensor attended, Tensor shift, Tensor sum, {_ATTEND})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _dnl_layer_attend_pull,
     ),
     "dnl_block_fwd": Schema(f"(Tensor x0, {_BLOCK_TAIL} -> (Tensor, Tensor, Tensor, Tensor)", _dnl_block_fwd),
     "dnl_block_resident": Schema(f"(Tensor x0, {_BLOCK_TAIL} -> Tensor", _dnl_block_resident),

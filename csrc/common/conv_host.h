@@ -107,7 +107,7 @@ void activate_tile(const FlatPlane& f, Stack<const T> u, int64_t channels, const
 // Runs body(chunk, begin, end) for `chunks` equal shares of [0, count), in parallel.
 template <class Body>
 void parallel_chunks(int64_t chunks, int64_t count, Body body) {
-  parallel_tasks(chunks, 1, [&](int64_t c, int64_t) { body(c, c * count / chunks, (c + 1) * count / chunks); });
+  parallel_tasks(0, chunks, 1, [&](int64_t c, int64_t) { body(c, c * count / chunks, (c + 1) * count / chunks); });
 }
 
 }  // namespace dnl

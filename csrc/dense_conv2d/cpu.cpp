@@ -99,7 +99,7 @@ void forward(const Problem& p, const T* bias, Planes<T> y) {
   pack_filters(static_cast<const T*>(p.weight.data_ptr()), p.outputs, p.channels, p.taps, T(p.scale), packed.data());
   const int64_t length = p.tiling.largest().length(), block = conv_block(p.taps);
   const int64_t bytes = Scratch::bytes<int64_t>(p.taps) + Scratch::bytes<T>((block + p.outputs) * length);
-  parallel_tasks(p.tiling.count(), 1, [&](int64_t begin, int64_t end) {
+  parallel_tasks(0, p.tiling.count(), 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(bytes);
     int64_t* taps = scratch.take<int64_t>(p.taps);
     T* const planes = scratch.take<T>((block + p.outputs) * length);

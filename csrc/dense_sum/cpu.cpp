@@ -57,7 +57,7 @@ void add(const Prepared& in, const std::vector<Tensor>& sums, bool accumulate) {
     for (int64_t first = 0; first < targets; first += kDenseSumTargets) {
       const int64_t n = std::min(kDenseSumTargets, targets - first);
       p.weight = static_cast<const T*>(in.params.weight) + first * p.count * p.channels;
-      parallel_tasks(sums[0].numel(), kGrain, [&](int64_t begin, int64_t end) {
+      parallel_tasks(0, sums[0].numel(), kGrain, [&](int64_t begin, int64_t end) {
         DNL_ISA_CALL(dense_sum_add<T>(p, out.data() + first, n, accumulate, begin, end));
       });
     }
@@ -97,14 +97,14 @@ std::tuple<std::vector<Tensor>, Tensor> dense_sum_bwd(const Tensor& dy_in, const
     if (need_states) {
       std::vector<T*> out;
       for (Tensor& d : dstates) out.push_back(static_cast<T*>(d.data_ptr()));
-      parallel_tasks(n, kGrain, [&](int64_t begin, int64_t end) {
+      parallel_tasks(0, n, kGrain, [&](int64_t begin, int64_t end) {
         DNL_ISA_CALL(dense_sum_bwd_states<T>(in.params, grad, out.data(), begin, end));
       });
     }
     if (need_weight) {
       const int64_t chunk = (n + kChunks - 1) / kChunks;
       std::vector<T> partial(rows * kChunks, T(0));
-      parallel_tasks(kChunks, 1, [&](int64_t c, int64_t) {
+      parallel_tasks(0, kChunks, 1, [&](int64_t c, int64_t) {
         const int64_t begin = c * chunk, end = begin + chunk < n ? begin + chunk : n;
         if (begin < end) DNL_ISA_CALL(dense_sum_bwd_weight<T>(in.params, grad, &partial[c * rows], begin, end));
       });

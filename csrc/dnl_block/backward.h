@@ -43,7 +43,7 @@ class Backward {
           for (int64_t c = span.first; c < span.first + span.channels; c++, i++) fold(i, s.training ? c : i);
     }
     transformed_.resize(s.layers);
-    parallel_tasks(s.layers, 1, [&](int64_t l, int64_t) {
+    parallel_tasks(0, s.layers, 1, [&](int64_t l, int64_t) {
       transformed_[l] = transform_filters(t.weight + s.weight_offset(l), s.growth * s.layer_channels(l), form_);
     });
     if (s.norm && (s.training || !s.preactivation)) {
@@ -112,7 +112,7 @@ class Backward {
     const int64_t affordable = std::max<int64_t>(1, (int64_t(1) << 24) / std::max<int64_t>(1, count * filters_));
     chunks_ = std::min(std::min(s_.tiling.count(), kConvChunks), affordable);
     packed_.resize(count * filters_);
-    parallel_tasks(count, 1, [&](int64_t k, int64_t) {
+    parallel_tasks(0, count, 1, [&](int64_t k, int64_t) {
       const int64_t l = consumers_[k], at = s_.position(l, j);
       const int64_t channels = s_.layer_channels(l), size = s_.growth * channels * form_.taps;
       for (int64_t part = 0; part < form_.parts; part++)
@@ -225,7 +225,7 @@ class Backward {
       g_.beta[at] = static_cast<T>(plain);
       g_.gamma[at] = static_cast<T>(moment);
     }
-    parallel_tasks(count, 1, [&](int64_t k, int64_t) {
+    parallel_tasks(0, count, 1, [&](int64_t k, int64_t) {
       const int64_t l = consumers_[k], at = s_.position(l, j), channels = s_.layer_channels(l);
       std::vector<double> sum(filters_, 0.0);
       for (int64_t chunk = 0; chunk < chunks_; chunk++) {

@@ -19,7 +19,7 @@ class Forward {
           T* mean, T* var)
       : s_(s), t_(t), x0_(x0), states_(states), outputs_(outputs), mean_(mean), var_(var) {
     packed_.resize(s.packed_offset(s.layers));
-    parallel_tasks(s.layers, 1, [&](int64_t l, int64_t) {
+    parallel_tasks(0, s.layers, 1, [&](int64_t l, int64_t) {
       const Form form = s.form();
       const int64_t channels = s.layer_channels(l), size = s.growth * channels * form.taps;
       const std::vector<T> parts = transform_filters(t.weight + s.weight_offset(l), s.growth * channels, form);
@@ -66,7 +66,7 @@ class Forward {
   void for_each_tile(Body body) {
     const int64_t length = grouped(s_.tiling.largest()).length(), planes = (kBlock + s_.growth) * s_.form().parts;
     const int64_t bytes = Scratch::bytes<int64_t>(s_.form().taps) + Scratch::bytes<T>(planes * length);
-    parallel_tasks(s_.tiling.count(), 1, [&](int64_t i, int64_t) {
+    parallel_tasks(0, s_.tiling.count(), 1, [&](int64_t i, int64_t) {
       Scratch scratch(bytes);
       body(i, scratch);
     });

@@ -4,37 +4,12 @@
 #include <cmath>
 
 #include "common/parallel.h"
-#include "nonlocal_attention/params.h"
+#include "nonlocal_attention/host.h"
 
 namespace dnl {
 namespace {
 
-constexpr int64_t kTilesPerTask = 16;  // of queries: packing the keys, once per task, is small next to them
-constexpr int64_t kTasks = 8;         // of a backward at least, so that one sample with one head uses several cores:
-constexpr int64_t kPartUnit = 24;     // whole groups of keys for every vector length
-constexpr int64_t kLeastPart = 264;   // fixed numbers, so that results do not depend on threads
-
-// From this width on torch's own backward of softmax attention is faster: its products are large enough for its GEMM. It
-// subtracts log-normalisers from scores, of the keys as they are (such calls are not centred), and larger ones would cost
-// more accuracy than eager PyTorch loses.
-constexpr int64_t kLargeWidth = 128;
-constexpr double kLargestLog = 12;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-Storage storage_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float: return Storage::float32;
-    case ScalarType::Double: return Storage::float64;
-    case ScalarType::BFloat16: return Storage::bfloat16;
-    case ScalarType::Half: return Storage::float16;
-    default: DNL_CHECK(false, "nonlocal_attention: element type must be float64, float32, bfloat16 or float16");
-  }
-}
-
-ScalarType compute_type(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
+constexpr double kLargestLog = 12;  // of the normalisers that torch's backward may be given, see kLargeWidth
 
 // [batch, heads, positions, features] whatever the layout.
 NonlocalTensor view(const Tensor& t, bool channels_first) {
@@ -73,13 +48,6 @@ void index_keys(Prepared& r, const Tensor& mask) {
   p.key_index = r.key_index.data();
 }
 
-template <class T>
-int64_t count_tiles(const NonlocalParams& p) {
-  int64_t tile = 1;
-  DNL_ISA_CALL(nonlocal_tile<T>(&tile));
-  return p.batch * p.heads * ceil_div(p.queries, tile);
-}
-
 Prepared prepare(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bandwidth,
                  const std::optional<Tensor>& key_mask, double scale, bool normalize, bool causal, bool channels_first) {
   Prepared r;
@@ -112,53 +80,12 @@ Prepared prepare(const Tensor& query, const Tensor& key, const Tensor& value, co
   const ScalarType compute = compute_type(query);
   r.centre = empty(query, {p.batch, p.heads, p.width}, compute);
   r.radius = empty(query, {p.batch, p.heads}, compute);
-  p.centre = bandwidth || (normalize && p.width < kLargeWidth) ? r.centre.data_ptr() : nullptr;
+  p.centre = centres_keys(p) ? r.centre.data_ptr() : nullptr;
   p.radius = r.radius.data_ptr();
   dispatch_float("nonlocal_attention", compute, [&](auto zero) {
-    using T = decltype(zero);
-    parallel_tasks(p.batch * p.heads, 1, [&](int64_t begin, int64_t end) {
-      DNL_ISA_CALL(nonlocal_prepare<T>(p, begin, end));
-    });
+    prepare_keys<decltype(zero)>(p, 0, p.batch * p.heads);
   });
   return r;
-}
-
-void run_forward(const NonlocalParams& p, ScalarType compute) {
-  dispatch_float("nonlocal_attention", compute, [&](auto zero) {
-    using T = decltype(zero);
-    parallel_tasks(count_tiles<T>(p), kTilesPerTask, [&](int64_t begin, int64_t end) {
-      DNL_ISA_CALL(nonlocal_fwd<T>(p, begin, end));
-    });
-  });
-}
-
-// Whether a shift lies outside +-bound.
-bool any_beyond(const Tensor& shift, double bound) {
-  bool found = false;
-  dispatch_float("nonlocal_attention", shift.scalar_type(), [&](auto zero) {
-    const auto* s = static_cast<const decltype(zero)*>(shift.const_data_ptr());
-    for (int64_t i = 0; i < shift.numel(); i++) found |= std::abs(s[i]) > bound;
-  });
-  return found;
-}
-
-// dbandwidth_h = -2 / (log2(e) bandwidth_h) sum_ij delta_ij s_ij, as s_ij = -|q_i - k_j|^2 log2(e) / (2 bandwidth^2) up to a
-// constant of the row: the deltas of a normalised row sum to zero, and unnormalised rows have no constant.
-template <class T>
-void reduce_moments(const NonlocalParams& p, const T* moments, double* dbandwidth) {
-  const int64_t rows = p.batch * p.heads * p.queries;
-  const T* sum = static_cast<const T*>(p.sum);
-  std::fill(dbandwidth, dbandwidth + p.heads, 0.0);
-  for (int64_t i = 0; i < rows; i++) {
-    double row = 0, moment = 0, mean = 0;
-    for (int64_t part = 0; part < p.parts; part++) {
-      const T* at = moments + 3 * (part * rows + i);
-      row += at[0], moment += at[1], mean += at[2];
-    }
-    const double typical = p.normalize && sum[i] > 0 ? mean / sum[i] : 0;
-    dbandwidth[i / p.queries % p.heads] += moment - row * typical;
-  }
-  for (int64_t h = 0; h < p.heads; h++) dbandwidth[h] *= -2 / (kLog2E * p.bandwidth[h]);
 }
 
 std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_fwd(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -174,7 +101,9 @@ std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_fwd(const Tensor& query, c
   p.output = view(output, channels_first);
   p.shift = shift.data_ptr();
   p.sum = sum.data_ptr();
-  run_forward(p, compute);
+  dispatch_float("nonlocal_attention", compute, [&](auto zero) {
+    attend<decltype(zero)>(p, 0, p.batch * p.heads);
+  });
   return {output, shift, sum};
 }
 
@@ -212,35 +141,20 @@ Tensor nonlocal_attention_pull(
   p.dvalue = view(dvalue, channels_first);
   p.shift = const_cast<void*>(shift.const_data_ptr());
   p.sum = const_cast<void*>(sum.const_data_ptr());
+  cut_keys(p);
   const int64_t samples = p.batch * p.heads;
-  const int64_t wanted = samples == 0 ? 1 : ceil_div(kTasks, samples);
-  p.part_keys = std::max<int64_t>(ceil_div(ceil_div(p.keys, wanted), kPartUnit) * kPartUnit, kLeastPart);
-  p.parts = std::max<int64_t>(ceil_div(p.keys, p.part_keys), 1);
-  const int64_t row_count = samples * p.queries;
-  Tensor moments = empty(query, {need_bandwidth ? p.parts * row_count * 3 : 0}, compute);
+  Tensor moments = empty(query, {need_bandwidth ? p.parts * samples * p.queries * 3 : 0}, compute);
   p.moments = need_bandwidth ? moments.data_ptr() : nullptr;
-  Tensor anchor = empty(query, {0}, query.scalar_type());
-  if (normalize && any_beyond(shift, 64)) {  // 2 kSafeRange
-    anchor = with_positions(query, p.queries, p.width, channels_first);
-    NonlocalParams forward = p;
-    forward.value = forward.key;
-    forward.value_width = p.width;
-    forward.output = view(anchor, channels_first);
-    forward.anchoring = true;
-    run_forward(forward, compute);
-    p.anchor = forward.output;
-  }
   Tensor parts = empty(query, {p.parts > 1 ? p.parts * samples * p.queries * p.width : 0}, compute);
   p.dquery_parts = parts.data_ptr();
+  Tensor anchor = empty(query, {0}, query.scalar_type());
   dispatch_float("nonlocal_attention", compute, [&](auto zero) {
     using T = decltype(zero);
-    parallel_tasks(samples * p.parts, 1, [&](int64_t begin, int64_t end) {
-      DNL_ISA_CALL(nonlocal_bwd<T>(p, begin, end));
-    });
-    if (p.parts > 1)
-      parallel_tasks(count_tiles<T>(p), kTilesPerTask, [&](int64_t begin, int64_t end) {
-        DNL_ISA_CALL(nonlocal_sum_parts<T>(p, begin, end));
-      });
+    if (needs_anchor<T>(p, 0, samples)) {
+      anchor = with_positions(query, p.queries, p.width, channels_first);
+      find_anchor<T>(p, view(anchor, channels_first), 0, samples);
+    }
+    attend_back<T>(p, 0, samples);
   });
   Tensor dbandwidth = empty(query, {need_bandwidth ? p.heads : 0}, ScalarType::Double);
   if (need_bandwidth)

@@ -44,7 +44,7 @@ void check_pooled(const Tensor& x, const Tensor& t, bool pool) {
 template <class Body>
 void for_each_channel(const Shape& s, Body body) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, s.batch * s.pixels));
-  parallel_tasks(s.channels, grain, [&](int64_t begin, int64_t end) {
+  parallel_tasks(0, s.channels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++) body(c);
   });
 }

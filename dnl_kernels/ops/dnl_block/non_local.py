@@ -213,14 +213,14 @@ def dnl_nonlocal_block_fwd(x0, tensors, keep, *static):
         if config.input_skip:
             skip = run.accumulate([(0, config.in_channels)], p.skip_weight, p.skip_bias, None, "identity", 1.0)
             y = skip if y is None else y.add_(skip)
-        x, more = projected.forward(run.attention, y, p.theta())
-        if config.residual:
-            x += y
+        of_states = run.slot(layer)
+        slot = run.channels(run.states, of_states)
+        x, more = projected.forward(
+            run.attention, y, p.theta(), slot if config.preactivation else None, config.residual
+        )
         if not config.preactivation:
             run.measure(x, layer, (mean, var, rate))
-            x = run.activated(x, run.output_norm(layer, mean, rate))
-        of_states = run.slot(layer)
-        run.channels(run.states, of_states).copy_(x)
+            slot.copy_(run.activated(x, run.output_norm(layer, mean, rate)))
         if keep:
             kept += [y, *more]
     return run.states, mean, var, kept
@@ -249,8 +249,7 @@ def dnl_nonlocal_block_bwd(dstates, states, mean, var, kept, tensors, *static):
             x = projected.combine(run.attention, more[0], theta, y)
             x = x.add_(y) if config.residual else x
             dx, gradients = run.pull_activated(dx, x, run.output_norm(layer, mean, rate))
-        dy, of_theta = projected.backward(run.attention, dx, y, theta, more)
-        dy = dy.add_(dx) if config.residual else dy
+        dy, of_theta = projected.backward(run.attention, dx, y, theta, more, config.residual)
         gradients |= of_theta
         if spans := run.spans[layer]:
             norm, activation = run.before(layer, mean, rate)

@@ -1,7 +1,8 @@
 """The non-local operator with its projections as one function: x = W_o concat_heads(attention(W_q y, W_k y, W_v y)).
 
 What is kept for backward is y, the attention's output and two numbers per query: the projections, three times as large
-as y, are computed again. The products belong to torch's GEMM, the attention to the kernels of nonlocal_attention.
+as y, are computed again. Images on the CPU with exponential weights go sample by sample through csrc/dnl_layer/cpu.cpp;
+else the products belong to torch's GEMM, the attention to the kernels of nonlocal_attention.
 """
 
 from __future__ import annotations
@@ -144,19 +145,57 @@ def combine(config: Config, out: Tensor, theta: NonLocalParameters, like: Tensor
     return x.unflatten(2, like.shape[2:]) if config.images else x
 
 
-def forward(config: Config, y: Tensor, theta: NonLocalParameters) -> tuple[Tensor, list[Tensor]]:
-    """N(y), and what `backward` needs besides y: the attention's output, and two numbers per query unless "dot"."""
+def _fused(config: Config) -> bool:
+    return config.images and config.backend == "cpu" and config.kernel != "dot"
+
+
+def _fused_arguments(config: Config, theta: NonLocalParameters, residual: bool):
+    weights, biases = ([getattr(theta, f"{name}_{kind}") for name in _names(theta)] for kind in ("weight", "bias"))
+    bandwidth = None if theta.rho is None else torch.exp(wide(theta.rho))
+    return weights, biases, theta.output_weight, theta.output_bias, bandwidth, config.heads, residual
+
+
+def forward(
+    config: Config, y: Tensor, theta: NonLocalParameters, out: Tensor | None = None, residual: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """N(y), or N(y) + y, in `out` where that is given, and what `backward` needs besides y: the attention's output, and
+    two numbers per query unless "dot"."""
+    if _fused(config):
+        assert theta.output_weight is not None
+        if out is None:
+            out = y.new_empty(y.shape[0], len(theta.output_weight), *y.shape[2:])
+        return out, list(torch.ops.dnl.dnl_layer_attend(y, *_fused_arguments(config, theta, residual), out))
     arguments, static = _attention_arguments(config, _positions(y, config), theta, _projection(theta))
     if config.kernel == "dot":
         query, key, value = arguments[:3]
         kept = [_dot(query, key, value, config)]
     else:
         kept = list(_backend.kernel(config.backend, "nonlocal_attention_fwd")(*arguments, *static))
-    return combine(config, kept[0], theta, y), kept
+    x = combine(config, kept[0], theta, y)
+    x = x.add_(y) if residual else x
+    return x if out is None else out.copy_(x), kept
 
 
-def backward(config: Config, dx: Tensor, y: Tensor, theta: NonLocalParameters, kept) -> tuple[Tensor, dict[str, Any]]:
-    """The gradients of y and of what theta has, not yet narrowed to a half type."""
+def _fused_backward(config: Config, dx: Tensor, y: Tensor, theta: NonLocalParameters, kept, residual: bool):
+    arguments = _fused_arguments(config, theta, residual)
+    dy, dweight, dbias, *last, dbandwidth = torch.ops.dnl.dnl_layer_attend_pull(dx, y, *kept, *arguments)
+    weights, biases, *_, bandwidth = arguments[:5]
+    found: dict[str, Any] = dict(zip(("output_weight", "output_bias"), last, strict=True))
+    sizes = [len(w) for w in weights]
+    for kind, gradient, given in (("weight", dweight, weights), ("bias", dbias, biases)):
+        pieces = [None] * len(sizes) if all(t is None for t in given) else gradient.split(sizes)
+        found |= {f"{name}_{kind}": piece for name, piece in zip(_names(theta), pieces, strict=True)}
+    if bandwidth is not None:
+        found["rho"] = dbandwidth * bandwidth
+    return dy, found
+
+
+def backward(
+    config: Config, dx: Tensor, y: Tensor, theta: NonLocalParameters, kept, residual: bool = False
+) -> tuple[Tensor, dict[str, Any]]:
+    """The gradients of y, through N(y) or N(y) + y, and of what theta has, not yet narrowed to a half type."""
+    if _fused(config):
+        return _fused_backward(config, dx, y, theta, kept, residual)
     x = _positions(y, config)
     assert theta.output_weight is not None
     dout, doutput_weight, doutput_bias = _linear_backward(
@@ -176,7 +215,8 @@ def backward(config: Config, dx: Tensor, y: Tensor, theta: NonLocalParameters, k
         found |= {f"{name}_{kind}": piece for name, piece in zip(_names(theta), pieces, strict=True)}
     if theta.rho is not None:
         found["rho"] = dbandwidth * bandwidth
-    return dy.view(y.shape), found
+    dy = dy.view(y.shape)
+    return dy.add_(dx) if residual else dy, found
 
 
 def _forward(config: Config, tensors):
