@@ -123,11 +123,11 @@ def _dnl_layer_attend(y, weights, biases, output_weight, output_bias, bandwidth,
 
 
 def _dnl_layer_attend_pull(dx, y, attended, shift, total, weights, biases, output_weight, output_bias, bandwidth, *_):
-    rows, channels = sum(w.shape[0] for w in weights), y.shape[1]
-    biased = any(b is not None for b in biases)
-    sizes = ((rows, channels), (rows * biased,), output_weight.shape)
-    ends = ((0 if t is None else t.shape[0],) for t in (output_bias, bandwidth))
-    return shift.new_empty(y.shape), *(shift.new_empty(size) for size in (*sizes, *ends))
+    def gradient(t):
+        return shift.new_empty((0,) if t is None else t.shape)
+
+    maps = [gradient(w) for w in weights], [gradient(b) for b in biases]
+    return gradient(y), *maps, *map(gradient, (output_weight, output_bias, bandwidth))
 
 
 def _dnl_block_fwd(
@@ -320,7 +320,7 @@ SCHEMAS: dict[str, Schema] = {
     "dnl_layer_attend": Schema(f"(Tensor y, {_ATTEND}, Tensor(a!) out) -> (Tensor, Tensor, Tensor)", _dnl_layer_attend),
     "dnl_layer_attend_pull": Schema(
         f"(Tensor dx, Tensor y, Tensor attended, Tensor shift, Tensor sum, {_ATTEND})"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        " -> (Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor)",
         _dnl_layer_attend_pull,
     ),
     "dnl_block_fwd": Schema(f"(Tensor x0, {_BLOCK_TAIL} -> (Tensor, Tensor, Tensor, Tensor)", _dnl_block_fwd),

@@ -143,16 +143,16 @@ NonlocalTensor features(Stack<T> s, int64_t width) {
   return {const_cast<std::remove_const_t<T>*>(s.data), 0, width * s.stride, 1, s.stride};
 }
 
-// The attention's parameters but for a sample's own tensors; `centre` and `radius` own what they point to.
+// The attention's parameters but for a sample's own tensors.
+template <class T>
 struct Attention {
   NonlocalParams params{};
-  Tensor centre, radius;
+  std::vector<T> centre, radius;  // to which they point
 
-  Attention(const Maps& maps, const Tensor& like, int64_t batch, int64_t pixels)
-      : centre(torch::stable::new_empty(like, {batch, maps.heads, maps.width})),
-        radius(torch::stable::new_empty(like, {batch, maps.heads})) {
+  Attention(const Maps& maps, int64_t batch, int64_t pixels)
+      : centre(batch * maps.heads * maps.width), radius(batch * maps.heads) {
     NonlocalParams& p = params;
-    p.storage = storage_of(like.scalar_type());
+    p.storage = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
     p.batch = batch;
     p.heads = maps.heads;
     p.queries = p.keys = pixels;
@@ -161,12 +161,11 @@ struct Attention {
     if (maps.bandwidth.has_value()) p.bandwidth = static_cast<const double*>(maps.bandwidth->const_data_ptr());
     p.scale = 1 / std::sqrt(static_cast<double>(maps.width));
     p.normalize = true;
-    p.centre = centres_keys(p) ? centre.data_ptr() : nullptr;
-    p.radius = radius.data_ptr();
+    p.centre = centres_keys(p) ? centre.data() : nullptr;
+    p.radius = radius.data();
   }
 
-  // That of a sample whose projections are `products`.
-  template <class T>
+  // Those of a sample whose projections are `products`.
   NonlocalParams with(const Maps& maps, Stack<T> products) const {
     NonlocalParams p = params;
     const int64_t queries = maps.heads * maps.width;
@@ -220,9 +219,9 @@ std::tuple<Tensor, Tensor, Tensor> dnl_layer_attend(
   Tensor x = apart ? torch::stable::new_empty(y, {B, maps.outputs, y.size(2), y.size(3)}) : out;
   Tensor attended = torch::stable::new_empty(y, {B, heads, maps.value_width, N});
   Tensor shift = torch::stable::new_empty(y, {B, heads, N}), sum = torch::stable::new_empty(y, {B, heads, N});
-  const Attention attention(maps, y, B, N);
   dispatch_float("dnl_layer", type, [&](auto zero) {
     using T = decltype(zero);
+    const Attention<T> attention(maps, B, N);
     const int64_t E = maps.attended(), length = pixels_of(N).length();
     const std::vector<T> bias = maps.bias<T>(), in = packed(maps.weight<T>().data(), maps.rows, G);
     const std::vector<T> last = packed(static_cast<const T*>(maps.output_weight.const_data_ptr()), maps.outputs, E);
@@ -249,9 +248,9 @@ std::tuple<Tensor, Tensor, Tensor> dnl_layer_attend(
   return {narrowed(attended, y_in.scalar_type()), shift, sum};
 }
 
-// The gradients of y, in the type that is computed in, of the maps side by side [R, G], of their biases [R], of W_o, of its
-// bias and of the bandwidth, the last three empty where they are not there.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dnl_layer_attend_pull(
+// The gradients of y, of the maps, of their biases, of W_o, of its bias and of the bandwidth, in the type that is computed
+// in; empty where there is no such tensor.
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dnl_layer_attend_pull(
     const Tensor& dx_in, const Tensor& y_in, const Tensor& attended_in, const Tensor& shift, const Tensor& sum,
     const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases, const Tensor& output_weight,
     const std::optional<Tensor>& output_bias, const std::optional<Tensor>& bandwidth, int64_t heads, bool residual) {
@@ -268,20 +267,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dnl_layer_attend_pull
     DNL_CHECK(t->numel() == B * heads * N && t->scalar_type() == type && t->is_contiguous(),
               "dnl_layer: shift or sum differ from what the forward returned");
   const auto empty = [&](std::vector<int64_t> sizes) { return torch::stable::new_empty(y, sizes); };
-  Tensor dy = empty({B, G, y.size(2), y.size(3)}), dweight = empty({R, G}), dbias = empty({maps.biased ? R : 0});
+  Tensor dy = empty({B, G, y.size(2), y.size(3)});
+  std::vector<Tensor> dweights, dbiases;
+  for (size_t i = 0; i < maps.weights.size(); i++) {
+    dweights.push_back(empty({maps.weights[i].size(0), G}));
+    dbiases.push_back(empty({maps.biases[i].has_value() ? maps.weights[i].size(0) : 0}));
+  }
   Tensor doutput_weight = empty({O, E}), doutput_bias = empty({maps.output_bias.has_value() ? O : 0});
   Tensor dbandwidth = torch::stable::new_empty(y, {bandwidth ? heads : 0}, ScalarType::Double);
-  Attention attention(maps, y, B, N);
-  NonlocalParams& shared = attention.params;
-  cut_keys(shared);
-  Tensor moments = empty({bandwidth ? shared.parts * B * heads * N * 3 : 0});
-  Tensor parts = empty({shared.parts > 1 ? shared.parts * B * D * N : 0});
-  shared.moments = bandwidth ? moments.data_ptr() : nullptr;
-  shared.dquery_parts = parts.data_ptr();
-  shared.shift = const_cast<void*>(shift.const_data_ptr());
-  shared.sum = const_cast<void*>(sum.const_data_ptr());
   dispatch_float("dnl_layer", type, [&](auto zero) {
     using T = decltype(zero);
+    Attention<T> attention(maps, B, N);
+    NonlocalParams& shared = attention.params;
+    cut_keys(shared);
+    std::vector<T> moments(bandwidth ? shared.parts * B * heads * N * 3 : 0);
+    std::vector<T> parts(shared.parts > 1 ? shared.parts * B * D * N : 0);
+    shared.moments = bandwidth ? moments.data() : nullptr;
+    shared.dquery_parts = parts.data();
+    shared.shift = const_cast<void*>(shift.const_data_ptr());
+    shared.sum = const_cast<void*>(sum.const_data_ptr());
     const int64_t length = pixels_of(N).length(), chunks = std::min(B, kChunks), gradients = R * G + E * O;
     const std::vector<T> weight = maps.weight<T>(), bias = maps.bias<T>();
     const T* const last = static_cast<const T*>(maps.output_weight.const_data_ptr());
@@ -325,30 +329,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dnl_layer_attend_pull
       store_sample(dsource, G, N, at(planes_of<T>(dy), b, 0));
       multiply_gradient<T>(N, source.read(), G, dproducts.read(), R, partial_in, maps.biased ? sum_in : nullptr);
     });
-    // Partial sums of the chunks, in their order; those of maps are [channel, output].
+    // Partial sums of the chunks, in their order; those of maps are [channel, row], with `rows` side by side.
     const auto total = [&](const auto& from, int64_t row, int64_t i) {
       double s = 0;
       for (int64_t chunk = 0; chunk < chunks; chunk++) s += from[chunk * row + i];
       return static_cast<T>(s);
     };
-    const auto of_map = [&](const Tensor& t, int64_t offset, int64_t outputs, int64_t channels) {
+    const auto of_map = [&](const Tensor& t, int64_t offset, int64_t rows) {
       T* const to = static_cast<T*>(t.data_ptr());
-      for (int64_t o = 0; o < outputs; o++)
-        for (int64_t c = 0; c < channels; c++)
-          to[o * channels + c] = total(partial, gradients, offset + c * outputs + o);
+      for (int64_t o = 0; o < t.size(0); o++)
+        for (int64_t c = 0; c < t.size(1); c++)
+          to[o * t.size(1) + c] = total(partial, gradients, offset + c * rows + o);
     };
     const auto of_bias = [&](const Tensor& t, int64_t offset) {
       for (int64_t o = 0; o < t.numel(); o++) static_cast<T*>(t.data_ptr())[o] = total(sums, R + O, offset + o);
     };
-    of_map(dweight, 0, R, G);
-    of_map(doutput_weight, R * G, O, E);
-    of_bias(dbias, 0);
+    for (int64_t i = 0, first = 0; i < int64_t(dweights.size()); first += dweights[i++].size(0)) {
+      of_map(dweights[i], first, R);
+      of_bias(dbiases[i], first);
+    }
+    of_map(doutput_weight, R * G, O);
     of_bias(doutput_bias, R);
-    if (bandwidth)
-      reduce_moments(shared, static_cast<const T*>(moments.const_data_ptr()),
-                     static_cast<double*>(dbandwidth.data_ptr()));
+    if (bandwidth) reduce_moments(shared, moments.data(), static_cast<double*>(dbandwidth.data_ptr()));
   });
-  return {dy, dweight, dbias, doutput_weight, doutput_bias, narrowed(dbandwidth, type)};
+  return {dy, dweights, dbiases, doutput_weight, doutput_bias, narrowed(dbandwidth, type)};
 }
 
 }  // namespace

@@ -153,7 +153,8 @@ def test_the_shape_functions_are_those_of_the_operators(case):
     found = torch.ops.dnl.dnl_layer_attend_pull(dx, y, *kept, *maps)
     fakes = SCHEMAS["dnl_layer_attend"].fake(y, *maps, dx), SCHEMAS["dnl_layer_attend_pull"].fake(dx, y, *kept, *maps)
     for real, fake in zip((kept, found), fakes, strict=True):
-        assert [(t.shape, t.dtype) for t in real] == [(t.shape, t.dtype) for t in fake]
+        pairs = zip(torch.utils._pytree.tree_leaves(real), torch.utils._pytree.tree_leaves(fake), strict=True)
+        assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
 
 
 def test_what_does_not_fit_together_is_refused():

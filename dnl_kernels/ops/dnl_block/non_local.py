@@ -265,7 +265,7 @@ def dnl_nonlocal_block_bwd(dstates, states, mean, var, kept, tensors, *static):
             gradients |= {"skip_weight": dweight, "skip_bias": dbias}
         given: list[Any] = [getattr(p, name) for name in TRAINABLE]
         found.append([
-            states.new_empty(0) if t is None else gradients[name].to(t.dtype, copy=True)  # parts of one tensor, some
+            states.new_empty(0) if t is None else gradients[name].to(t.dtype)
             for name, t in zip(TRAINABLE, given, strict=True)
         ])  # fmt: skip
     first = slice(0, config.in_channels)

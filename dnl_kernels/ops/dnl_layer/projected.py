@@ -178,13 +178,11 @@ def forward(
 
 def _fused_backward(config: Config, dx: Tensor, y: Tensor, theta: NonLocalParameters, kept, residual: bool):
     arguments = _fused_arguments(config, theta, residual)
-    dy, dweight, dbias, *last, dbandwidth = torch.ops.dnl.dnl_layer_attend_pull(dx, y, *kept, *arguments)
-    weights, biases, *_, bandwidth = arguments[:5]
-    found: dict[str, Any] = dict(zip(("output_weight", "output_bias"), last, strict=True))
-    sizes = [len(w) for w in weights]
-    for kind, gradient, given in (("weight", dweight, weights), ("bias", dbias, biases)):
-        pieces = [None] * len(sizes) if all(t is None for t in given) else gradient.split(sizes)
-        found |= {f"{name}_{kind}": piece for name, piece in zip(_names(theta), pieces, strict=True)}
+    bandwidth = arguments[4]
+    dy, *maps, dweight, dbias, dbandwidth = torch.ops.dnl.dnl_layer_attend_pull(dx, y, *kept, *arguments)
+    found: dict[str, Any] = {"output_weight": dweight, "output_bias": dbias}
+    for kind, gradients in zip(("weight", "bias"), maps, strict=True):
+        found |= {f"{name}_{kind}": gradient for name, gradient in zip(_names(theta), gradients, strict=True)}
     if bandwidth is not None:
         found["rho"] = dbandwidth * bandwidth
     return dy, found
@@ -211,7 +209,7 @@ def backward(
     dy, dweight, dbias = _linear_backward(dproducts, x, weight, bias is not None, config.images)
     found: dict[str, Any] = {"output_weight": doutput_weight, "output_bias": doutput_bias}
     for kind, gradient in (("weight", dweight), ("bias", dbias)):
-        pieces = [None] * len(sizes) if gradient is None else gradient.split(sizes)
+        pieces = [None] * len(sizes) if gradient is None else [g.clone() for g in gradient.split(sizes)]
         found |= {f"{name}_{kind}": piece for name, piece in zip(_names(theta), pieces, strict=True)}
     if theta.rho is not None:
         found["rho"] = dbandwidth * bandwidth
