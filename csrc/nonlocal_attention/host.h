@@ -9,7 +9,6 @@
 
 namespace dnl {
 
-constexpr int64_t kTilesPerTask = 16;  // of queries: packing the keys, once per task, is small next to them
 constexpr int64_t kTasks = 8;         // of a backward at least, so that one sample with one head uses several cores:
 constexpr int64_t kPartUnit = 24;     // whole groups of keys for every vector length
 constexpr int64_t kLeastPart = 264;   // fixed numbers, so that results do not depend on threads
@@ -40,7 +39,8 @@ inline bool centres_keys(const NonlocalParams& p) { return p.bandwidth || (p.nor
 // centre and radius
 template <class T>
 void prepare_keys(const NonlocalParams& p, int64_t first, int64_t last) {
-  parallel_tasks(first, last, 1, [&](int64_t begin, int64_t end) { DNL_ISA_CALL(nonlocal_prepare<T>(p, begin, end)); });
+  parallel_tasks(first, last, grain_for(last - first),
+                 [&](int64_t begin, int64_t end) { DNL_ISA_CALL(nonlocal_prepare<T>(p, begin, end)); });
 }
 
 template <class T>
@@ -50,10 +50,17 @@ int64_t tiles_per_pair(const NonlocalParams& p) {
   return ceil_div(p.queries, tile);
 }
 
+// The grain for tiles of so many pairs: keys are packed for each piece, hence pieces are whole pairs where they can be.
+template <class T>
+int64_t tile_grain(const NonlocalParams& p, int64_t pairs) {
+  const int64_t tiles = tiles_per_pair<T>(p), grain = grain_for(pairs * tiles);
+  return grain > tiles && tiles > 0 ? grain / tiles * tiles : grain;
+}
+
 template <class T>
 void attend(const NonlocalParams& p, int64_t first, int64_t last) {
   const int64_t tiles = tiles_per_pair<T>(p);
-  parallel_tasks(first * tiles, last * tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
+  parallel_tasks(first * tiles, last * tiles, tile_grain<T>(p, last - first), [&](int64_t begin, int64_t end) {
     DNL_ISA_CALL(nonlocal_fwd<T>(p, begin, end));
   });
 }
@@ -87,12 +94,12 @@ void find_anchor(NonlocalParams& p, const NonlocalTensor& anchor, int64_t first,
 
 template <class T>
 void attend_back(const NonlocalParams& p, int64_t first, int64_t last) {
-  parallel_tasks(first * p.parts, last * p.parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_tasks(first * p.parts, last * p.parts, grain_for((last - first) * p.parts), [&](int64_t begin, int64_t end) {
     DNL_ISA_CALL(nonlocal_bwd<T>(p, begin, end));
   });
   if (p.parts == 1) return;
   const int64_t tiles = tiles_per_pair<T>(p);
-  parallel_tasks(first * tiles, last * tiles, kTilesPerTask, [&](int64_t begin, int64_t end) {
+  parallel_tasks(first * tiles, last * tiles, tile_grain<T>(p, last - first), [&](int64_t begin, int64_t end) {
     DNL_ISA_CALL(nonlocal_sum_parts<T>(p, begin, end));
   });
 }
