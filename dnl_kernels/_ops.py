@@ -117,9 +117,8 @@ _ATTEND = (
 
 
 def _dnl_layer_attend(y, weights, biases, output_weight, output_bias, bandwidth, heads, residual, out):
-    numbers = y.shape[2] * y.shape[3]
-    row = y.new_empty((y.shape[0], heads, numbers), dtype=_accumulation_dtype(y))
-    return y.new_empty((y.shape[0], heads, weights[-1].shape[0] // heads, numbers)), row, torch.empty_like(row)
+    row = y.new_empty((y.shape[0], heads, y.shape[2]), dtype=_accumulation_dtype(y))
+    return y.new_empty((y.shape[0], weights[-1].shape[0], y.shape[2])), row, torch.empty_like(row)
 
 
 def _dnl_layer_attend_pull(dx, y, attended, shift, total, weights, biases, output_weight, output_bias, bandwidth, *_):
@@ -127,7 +126,7 @@ def _dnl_layer_attend_pull(dx, y, attended, shift, total, weights, biases, outpu
         return shift.new_empty((0,) if t is None else t.shape)
 
     maps = [gradient(w) for w in weights], [gradient(b) for b in biases]
-    return gradient(y), *maps, *map(gradient, (output_weight, output_bias, bandwidth))
+    return *maps, *map(gradient, (output_weight, output_bias, bandwidth))
 
 
 def _dnl_block_fwd(
@@ -210,13 +209,13 @@ def _dnl_nonlocal_block_fwd(
     mean = x0.new_empty(measured if norm and training else 0, dtype=_accumulation_dtype(x0))
     kept: list[Tensor] = []
     for layer in range(layers if keep else 0):
-        value = tensors[layer * size + _NONLOCAL_VALUE]
-        width = value.shape[0] // heads
-        kept += [
-            buffer(growth_rate),
-            x0.new_empty((batch, heads, numbers, width) if tokens else (batch, heads, width, numbers)),
-        ]
-        if kernel != "dot":
+        width = tensors[layer * size + _NONLOCAL_VALUE].shape[0]
+        kept.append(buffer(growth_rate))
+        if kernel == "dot":
+            of_head = (numbers, width // heads) if tokens else (width // heads, numbers)
+            kept.append(x0.new_empty((batch, heads, *of_head)))
+        else:
+            kept.append(x0.new_empty((batch, width, numbers)))
             kept += [x0.new_empty((batch, heads, numbers), dtype=_accumulation_dtype(x0)) for _ in range(2)]
     return buffer(channels), mean, torch.empty_like(mean), kept
 
@@ -304,23 +303,16 @@ SCHEMAS: dict[str, Schema] = {
         " bool need_bandwidth) -> (Tensor, Tensor, Tensor, Tensor)",
         _nonlocal_attention_bwd,
     ),
-    # CPU: the gradients into tensors that are given. Never seen by autograd or torch.compile.
-    "nonlocal_attention_pull": Schema(
-        "(Tensor doutput, Tensor query, Tensor key, Tensor value, Tensor? bandwidth, Tensor? key_mask, Tensor output,"
-        " Tensor shift, Tensor sum, float scale, bool normalize, bool causal, bool channels_first,"
-        " bool need_bandwidth, Tensor(a!) dquery, Tensor(b!) dkey, Tensor(c!) dvalue) -> Tensor",
-        lambda *arguments: arguments[7].new_empty((arguments[1].shape[1] if arguments[13] else 0,)),
-    ),
     "dnl_layer_fwd": Schema(f"({_LAYER_TAIL}) -> Tensor", _dnl_layer_fwd),
     "dnl_layer_bwd": Schema(
         f"(Tensor dout, {_LAYER_TAIL}, bool need_states, bool need_parameters) -> (Tensor[], Tensor)", _dnl_layer_bwd
     ),
-    # CPU: the layer's non-local operator with its projections, the result into `out`; what is kept of it; and its
-    # backward. Never seen by autograd or torch.compile.
+    # CPU: the layer's non-local operator with its projections, the result into `out`, and its backward, the gradient of
+    # y into `dy`. Never seen by autograd or torch.compile.
     "dnl_layer_attend": Schema(f"(Tensor y, {_ATTEND}, Tensor(a!) out) -> (Tensor, Tensor, Tensor)", _dnl_layer_attend),
     "dnl_layer_attend_pull": Schema(
-        f"(Tensor dx, Tensor y, Tensor attended, Tensor shift, Tensor sum, {_ATTEND})"
-        " -> (Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor)",
+        f"(Tensor dx, Tensor y, Tensor attended, Tensor shift, Tensor sum, {_ATTEND}, Tensor(a!) dy)"
+        " -> (Tensor[], Tensor[], Tensor, Tensor, Tensor)",
         _dnl_layer_attend_pull,
     ),
     "dnl_block_fwd": Schema(f"(Tensor x0, {_BLOCK_TAIL} -> (Tensor, Tensor, Tensor, Tensor)", _dnl_block_fwd),

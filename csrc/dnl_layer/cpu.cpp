@@ -1,5 +1,6 @@
-// The layer's non-local operator on the CPU, x = W_o concat_heads(attention(W_q y, W_k y, W_v y)) of images, sample by
-// sample: projections and their gradients are nowhere but in cache. Meaning: ops/dnl_layer/projected.py.
+// The layer's non-local operator on the CPU, x = W_o concat_heads(attention(W_q y, W_k y, W_v y)), sample by sample:
+// projections and their gradients are nowhere but in cache. y, x and their gradients are [B, channels, N] of any strides,
+// so that images and tokens, whole or part of a buffer, are one case. Meaning: ops/dnl_layer/projected.py.
 #include <algorithm>
 
 #include "common/conv_host.h"
@@ -77,22 +78,46 @@ struct Maps {
   }
 };
 
-// The planes of a sample in a scratch have room for a last vector beyond the pixels.
-FlatPlane pixels_of(int64_t n) { return {1, 1, n, 0}; }
+// The planes of a sample in a scratch have room for a last vector beyond the positions.
+FlatPlane positions_of(int64_t n) { return {1, 1, n, 0}; }
 
-// What is multiplied ends in zeros: they meet the pixels beyond the last in the gradient of a map.
+// A sample of a tensor [B, channels, N].
 template <class T>
-void load_sample(Planes<const T> from, int64_t channels, int64_t n, Stack<T> to) {
-  for (int64_t c = 0; c < channels; c++) {
-    T* row = to.plane(c).data;
-    std::copy_n(from.data + c * from.channel_stride, n, row);
-    std::fill(row + n, row + to.stride, T(0));
+struct Sample {
+  T* data;
+  int64_t channel, position;  // strides
+
+  Sample(const Tensor& t, int64_t b)
+      : data(static_cast<T*>(t.data_ptr()) + b * t.stride(0)), channel(t.stride(1)), position(t.stride(2)) {}
+
+  // Calls body(element, c, i) for all of them, in the order in which they lie.
+  template <class Body>
+  void for_each(int64_t channels, int64_t n, Body body) const {
+    if (position <= channel)
+      for (int64_t c = 0; c < channels; c++)
+        for (int64_t i = 0; i < n; i++) body(data[c * channel + i * position], c, i);
+    else
+      for (int64_t i = 0; i < n; i++)
+        for (int64_t c = 0; c < channels; c++) body(data[c * channel + i * position], c, i);
   }
+};
+
+// What is multiplied ends in zeros: they meet the positions beyond the last in the gradient of a map.
+template <class T>
+void load_sample(Sample<const T> from, int64_t channels, int64_t n, Stack<T> to) {
+  if (from.position == 1)
+    for (int64_t c = 0; c < channels; c++) std::copy_n(from.data + c * from.channel, n, to.plane(c).data);
+  else
+    from.for_each(channels, n, [&](T x, int64_t c, int64_t i) { to.data[c * to.stride + i] = x; });
+  for (int64_t c = 0; c < channels; c++) std::fill(to.plane(c).data + n, to.plane(c + 1).data, T(0));
 }
 
 template <class T>
-void store_sample(Stack<T> from, int64_t channels, int64_t n, Planes<T> to) {
-  for (int64_t c = 0; c < channels; c++) std::copy_n(from.plane(c).data, n, to.data + c * to.channel_stride);
+void store_sample(Stack<T> from, int64_t channels, int64_t n, Sample<T> to) {
+  if (to.position == 1)
+    for (int64_t c = 0; c < channels; c++) std::copy_n(from.plane(c).data, n, to.data + c * to.channel);
+  else
+    to.for_each(channels, n, [&](T& x, int64_t c, int64_t i) { x = from.data[c * from.stride + i]; });
 }
 
 // to (+)= W from + bias, W as pack_filters or pack_transposed leave it.
@@ -103,7 +128,7 @@ void multiply(int64_t n, Stack<const T> from, int64_t channels, const std::vecto
   for (int64_t p = 0; p < n; p += kPositions)
     for_each_group(outputs, [&](int64_t o, int64_t size) {
       const Stack<T> out = to.plane(o);
-      DNL_ISA_CALL(convolve<T>(pixels_of(std::min(kPositions, n - p)), {from.data + p, from.stride}, channels, &tap, 1,
+      DNL_ISA_CALL(convolve<T>(positions_of(std::min(kPositions, n - p)), {from.data + p, from.stride}, channels, &tap, 1,
                                packed.data() + o * channels, size, bias ? bias + o : nullptr, accumulate,
                                {out.data + p, out.stride}, Ahead{}));
     });
@@ -115,7 +140,7 @@ void multiply_gradient(int64_t n, Stack<const T> from, int64_t channels, Stack<c
                        T* gradient, double* bias) {
   const int64_t tap = 0;
   for_each_group(outputs, [&](int64_t o, int64_t size) {
-    DNL_ISA_CALL(weight_gradient<T>(pixels_of(n), from, channels, &tap, 1, dto.plane(o), size, gradient + o, outputs));
+    DNL_ISA_CALL(weight_gradient<T>(positions_of(n), from, channels, &tap, 1, dto.plane(o), size, gradient + o, outputs));
   });
   for (int64_t o = 0; bias && o < outputs; o++) {
     double mean, deviations;
@@ -149,13 +174,13 @@ struct Attention {
   NonlocalParams params{};
   std::vector<T> centre, radius;  // to which they point
 
-  Attention(const Maps& maps, int64_t batch, int64_t pixels)
+  Attention(const Maps& maps, int64_t batch, int64_t positions)
       : centre(batch * maps.heads * maps.width), radius(batch * maps.heads) {
     NonlocalParams& p = params;
     p.storage = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
     p.batch = batch;
     p.heads = maps.heads;
-    p.queries = p.keys = pixels;
+    p.queries = p.keys = positions;
     p.width = maps.width;
     p.value_width = maps.value_width;
     if (maps.bandwidth.has_value()) p.bandwidth = static_cast<const double*>(maps.bandwidth->const_data_ptr());
@@ -189,14 +214,13 @@ void for_each_sample(int64_t batch, Body body) {
   for (int64_t c = 0; c < chunks; c++) run(c, c * batch / chunks, (c + 1) * batch / chunks);
 }
 
-Tensor checked_planes(const Tensor& t, int64_t batch, int64_t channels, const Tensor& like, ScalarType type,
-                      const char* name) {
-  DNL_CHECK(t.dim() == 4 && t.size(0) == batch && t.size(1) == channels && t.size(2) == like.size(2) &&
-                t.size(3) == like.size(3),
-            "dnl_layer: ", name, " has the wrong shape");
-  Tensor dense = with_dense_planes(t);
-  DNL_CHECK(dense.scalar_type() == type, "dnl_layer: element types differ");
-  return dense;
+// The tensor in the type that is computed in.
+Tensor checked(const Tensor& t, int64_t batch, int64_t channels, int64_t positions, ScalarType type, const char* name) {
+  DNL_CHECK(t.dim() == 3 && t.size(0) == batch && t.size(1) == channels && t.size(2) == positions, "dnl_layer: ", name,
+            " has the wrong shape");
+  const Tensor wide = is_half(t.scalar_type()) ? widened(t) : t;
+  DNL_CHECK(wide.scalar_type() == type, "dnl_layer: element types differ");
+  return wide;
 }
 
 // N(y) (+ y) into `out`; returns what the backward pass needs: the attention's output and two numbers per query.
@@ -204,25 +228,23 @@ std::tuple<Tensor, Tensor, Tensor> dnl_layer_attend(
     const Tensor& y_in, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
     const Tensor& output_weight, const std::optional<Tensor>& output_bias, const std::optional<Tensor>& bandwidth,
     int64_t heads, bool residual, Tensor out) {
-  DNL_CHECK(y_in.dim() == 4, "dnl_layer: y has the wrong shape");
-  const int64_t B = y_in.size(0), G = y_in.size(1), N = y_in.size(2) * y_in.size(3);
+  DNL_CHECK(y_in.dim() == 3, "dnl_layer: y has the wrong shape");
+  const int64_t B = y_in.size(0), G = y_in.size(1), N = y_in.size(2);
   const Maps maps(weights, biases, output_weight, output_bias, bandwidth, heads, G);
   const ScalarType type = maps.output_weight.scalar_type();
-  const Tensor y = checked_planes(y_in, B, G, y_in, type, "y");
+  const Tensor y = checked(y_in, B, G, N, type, "y");
   DNL_CHECK(!residual || maps.outputs == G, "dnl_layer: y is added to something of another shape");
-  // Half types are computed apart and narrowed at the end.
-  const bool narrow = is_half(y_in.scalar_type());
-  DNL_CHECK(out.dim() == 4 && out.size(0) == B && out.size(1) == maps.outputs && out.size(2) == y.size(2) &&
-                out.size(3) == y.size(3) && out.scalar_type() == y_in.scalar_type(),
+  DNL_CHECK(out.dim() == 3 && out.size(0) == B && out.size(1) == maps.outputs && out.size(2) == N &&
+                out.scalar_type() == y_in.scalar_type(),
             "dnl_layer: out has the wrong shape or type");
-  const bool apart = narrow || !has_dense_planes(out);
-  Tensor x = apart ? torch::stable::new_empty(y, {B, maps.outputs, y.size(2), y.size(3)}) : out;
-  Tensor attended = torch::stable::new_empty(y, {B, heads, maps.value_width, N});
+  const bool apart = is_half(out.scalar_type());  // narrowed at the end
+  Tensor x = apart ? torch::stable::new_empty(y, {B, maps.outputs, N}) : out;
+  Tensor kept = torch::stable::new_empty(y, {B, maps.attended(), N});
   Tensor shift = torch::stable::new_empty(y, {B, heads, N}), sum = torch::stable::new_empty(y, {B, heads, N});
   dispatch_float("dnl_layer", type, [&](auto zero) {
     using T = decltype(zero);
     const Attention<T> attention(maps, B, N);
-    const int64_t E = maps.attended(), length = pixels_of(N).length();
+    const int64_t E = maps.attended(), length = positions_of(N).length();
     const std::vector<T> bias = maps.bias<T>(), in = packed(maps.weight<T>().data(), maps.rows, G);
     const std::vector<T> last = packed(static_cast<const T*>(maps.output_weight.const_data_ptr()), maps.outputs, E);
     const T* b_in = maps.biased ? bias.data() : nullptr;
@@ -231,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor> dnl_layer_attend(
       Scratch scratch(Scratch::bytes<T>((std::max(G, maps.outputs) + maps.rows + E) * length));
       const Stack<T> source{scratch.take<T>((std::max(G, maps.outputs) + maps.rows + E) * length), length};
       const Stack<T> products = source.plane(std::max(G, maps.outputs)), found = products.plane(maps.rows);
-      load_sample(at(planes_of<const T>(y), b, 0), G, N, source);
+      load_sample<T>({y, b}, G, N, source);
       multiply<T>(N, source.read(), G, in, maps.rows, b_in, false, products);
       NonlocalParams p = attention.with(maps, products);
       p.output = features(found, maps.value_width);
@@ -239,35 +261,35 @@ std::tuple<Tensor, Tensor, Tensor> dnl_layer_attend(
       p.sum = sum.data_ptr();
       prepare_keys<T>(p, b * heads, (b + 1) * heads);
       attend<T>(p, b * heads, (b + 1) * heads);
-      store_sample(found, E, N, {static_cast<T*>(attended.data_ptr()) + b * E * N, 0, N});
+      store_sample<T>(found, E, N, {kept, b});
       multiply<T>(N, found.read(), E, last, maps.outputs, b_out, residual, source);
-      store_sample(source, maps.outputs, N, at(planes_of<T>(x), b, 0));
+      store_sample<T>(source, maps.outputs, N, {x, b});
     });
   });
   if (apart) torch::stable::copy_(out, x);
-  return {narrowed(attended, y_in.scalar_type()), shift, sum};
+  return {narrowed(kept, y_in.scalar_type()), shift, sum};
 }
 
-// The gradients of y, of the maps, of their biases, of W_o, of its bias and of the bandwidth, in the type that is computed
-// in; empty where there is no such tensor.
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dnl_layer_attend_pull(
+// The gradient of y into `dy`; returns those of the maps, of their biases, of W_o, of its bias and of the bandwidth, empty
+// where there is no such tensor. All are in the type that is computed in.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dnl_layer_attend_pull(
     const Tensor& dx_in, const Tensor& y_in, const Tensor& attended_in, const Tensor& shift, const Tensor& sum,
     const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases, const Tensor& output_weight,
-    const std::optional<Tensor>& output_bias, const std::optional<Tensor>& bandwidth, int64_t heads, bool residual) {
-  DNL_CHECK(y_in.dim() == 4, "dnl_layer: y has the wrong shape");
-  const int64_t B = y_in.size(0), G = y_in.size(1), N = y_in.size(2) * y_in.size(3);
+    const std::optional<Tensor>& output_bias, const std::optional<Tensor>& bandwidth, int64_t heads, bool residual,
+    Tensor dy) {
+  DNL_CHECK(y_in.dim() == 3, "dnl_layer: y has the wrong shape");
+  const int64_t B = y_in.size(0), G = y_in.size(1), N = y_in.size(2);
   const Maps maps(weights, biases, output_weight, output_bias, bandwidth, heads, G);
   const ScalarType type = maps.output_weight.scalar_type();
   const int64_t R = maps.rows, O = maps.outputs, E = maps.attended(), D = heads * maps.width;
-  const Tensor y = checked_planes(y_in, B, G, y_in, type, "y"), dx = checked_planes(dx_in, B, O, y_in, type, "dx");
+  const Tensor y = checked(y_in, B, G, N, type, "y"), dx = checked(dx_in, B, O, N, type, "dx");
   DNL_CHECK(!residual || O == G, "dnl_layer: y is added to something of another shape");
-  const Tensor attended = widened(attended_in);
-  DNL_CHECK(attended.numel() == B * E * N && attended.scalar_type() == type, "dnl_layer: the attention's output");
+  const Tensor attended = checked(attended_in, B, E, N, type, "the attention's output");
+  DNL_CHECK(same_sizes(dy, y) && dy.scalar_type() == type, "dnl_layer: dy has the wrong shape or type");
   for (const Tensor* t : {&shift, &sum})
     DNL_CHECK(t->numel() == B * heads * N && t->scalar_type() == type && t->is_contiguous(),
               "dnl_layer: shift or sum differ from what the forward returned");
   const auto empty = [&](std::vector<int64_t> sizes) { return torch::stable::new_empty(y, sizes); };
-  Tensor dy = empty({B, G, y.size(2), y.size(3)});
   std::vector<Tensor> dweights, dbiases;
   for (size_t i = 0; i < maps.weights.size(); i++) {
     dweights.push_back(empty({maps.weights[i].size(0), G}));
@@ -286,7 +308,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Ten
     shared.dquery_parts = parts.data();
     shared.shift = const_cast<void*>(shift.const_data_ptr());
     shared.sum = const_cast<void*>(sum.const_data_ptr());
-    const int64_t length = pixels_of(N).length(), chunks = std::min(B, kChunks), gradients = R * G + E * O;
+    const int64_t length = positions_of(N).length(), chunks = std::min(B, kChunks), gradients = R * G + E * O;
     const std::vector<T> weight = maps.weight<T>(), bias = maps.bias<T>();
     const T* const last = static_cast<const T*>(maps.output_weight.const_data_ptr());
     const std::vector<T> in = packed(weight.data(), R, G), back = packed_transposed(weight.data(), R, G);
@@ -299,9 +321,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Ten
       const Stack<T> given{scratch.take<T>(planes * length), length};
       const Stack<T> found = given.plane(O), source = found.plane(E), products = source.plane(G);
       const Stack<T> dfound = products.plane(R), all = dfound.plane(E), spare = all.plane(2 * D + E);
-      load_sample(at(planes_of<const T>(dx), b, 0), O, N, given);
-      load_sample({static_cast<const T*>(attended.const_data_ptr()) + b * E * N, 0, N}, E, N, found);
-      load_sample(at(planes_of<const T>(y), b, 0), G, N, source);
+      load_sample<T>({dx, b}, O, N, given);
+      load_sample<T>({attended, b}, E, N, found);
+      load_sample<T>({y, b}, G, N, source);
       multiply<T>(N, source.read(), G, in, R, maps.biased ? bias.data() : nullptr, false, products);
       multiply<T>(N, given.read(), O, last_back, E, nullptr, false, dfound);
       T* const partial_in = partial.data() + chunk * gradients;
@@ -326,7 +348,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Ten
       const Stack<T> dproducts = all.plane(maps.shared ? D : 0), dsource = spare;
       if (residual) std::copy_n(given.data, G * length, dsource.data);
       multiply<T>(N, dproducts.read(), R, back, G, nullptr, residual, dsource);
-      store_sample(dsource, G, N, at(planes_of<T>(dy), b, 0));
+      store_sample<T>(dsource, G, N, {dy, b});
       multiply_gradient<T>(N, source.read(), G, dproducts.read(), R, partial_in, maps.biased ? sum_in : nullptr);
     });
     // Partial sums of the chunks, in their order; those of maps are [channel, row], with `rows` side by side.
@@ -352,7 +374,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Ten
     of_bias(doutput_bias, R);
     if (bandwidth) reduce_moments(shared, moments.data(), static_cast<double*>(dbandwidth.data_ptr()));
   });
-  return {dy, dweights, dbiases, doutput_weight, doutput_bias, narrowed(dbandwidth, type)};
+  return {dweights, dbiases, doutput_weight, doutput_bias, narrowed(dbandwidth, type)};
 }
 
 }  // namespace

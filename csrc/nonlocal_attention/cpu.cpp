@@ -107,64 +107,6 @@ std::tuple<Tensor, Tensor, Tensor> nonlocal_attention_fwd(const Tensor& query, c
   return {output, shift, sum};
 }
 
-// The gradients into tensors of any strides, such as parts of one buffer; returns dbandwidth.
-Tensor nonlocal_attention_pull(
-    const Tensor& doutput, const Tensor& query, const Tensor& key, const Tensor& value,
-    const std::optional<Tensor>& bandwidth, const std::optional<Tensor>& key_mask, const Tensor& output,
-    const Tensor& shift, const Tensor& sum, double scale, bool normalize, bool causal, bool channels_first,
-    bool need_bandwidth, Tensor dquery, Tensor dkey, Tensor dvalue) {
-  Prepared in = prepare(query, key, value, bandwidth, key_mask, scale, normalize, causal, channels_first);
-  NonlocalParams& p = in.params;
-  const ScalarType compute = compute_type(query);
-  const std::vector<int64_t> rows{p.batch, p.heads, p.queries};
-  DNL_CHECK(same_sizes(doutput, output) && doutput.scalar_type() == query.scalar_type() &&
-                output.scalar_type() == query.scalar_type() && doutput.dim() == 4 &&
-                doutput.size(0) == p.batch && doutput.size(1) == p.heads &&
-                doutput.size(channels_first ? 3 : 2) == p.queries && doutput.size(channels_first ? 2 : 3) == p.value_width,
-            "nonlocal_attention: doutput or output differ from what the forward returned");
-  for (const Tensor* t : {&shift, &sum})
-    DNL_CHECK(t->dim() == 3 && t->numel() == p.batch * p.heads * p.queries && t->scalar_type() == compute &&
-                  t->is_contiguous(),
-              "nonlocal_attention: shift or sum differ from what the forward returned");
-  DNL_CHECK(same_sizes(dquery, query) && same_sizes(dkey, key) && same_sizes(dvalue, value),
-            "nonlocal_attention: a gradient differs in size from its tensor");
-  for (const Tensor* t : {&dquery, &dkey, &dvalue})
-    DNL_CHECK(t->scalar_type() == query.scalar_type(), "nonlocal_attention: a gradient differs in type");
-  if (key_mask) {  // masked keys are never visited
-    torch::stable::zero_(dkey);
-    torch::stable::zero_(dvalue);
-  }
-  p.output = view(output, channels_first);
-  p.doutput = view(doutput, channels_first);
-  p.dquery = view(dquery, channels_first);
-  p.dkey = view(dkey, channels_first);
-  p.dvalue = view(dvalue, channels_first);
-  p.shift = const_cast<void*>(shift.const_data_ptr());
-  p.sum = const_cast<void*>(sum.const_data_ptr());
-  cut_keys(p);
-  const int64_t samples = p.batch * p.heads;
-  Tensor moments = empty(query, {need_bandwidth ? p.parts * samples * p.queries * 3 : 0}, compute);
-  p.moments = need_bandwidth ? moments.data_ptr() : nullptr;
-  Tensor parts = empty(query, {p.parts > 1 ? p.parts * samples * p.queries * p.width : 0}, compute);
-  p.dquery_parts = parts.data_ptr();
-  Tensor anchor = empty(query, {0}, query.scalar_type());
-  dispatch_float("nonlocal_attention", compute, [&](auto zero) {
-    using T = decltype(zero);
-    if (needs_anchor<T>(p, 0, samples)) {
-      anchor = with_positions(query, p.queries, p.width, channels_first);
-      find_anchor<T>(p, view(anchor, channels_first), 0, samples);
-    }
-    attend_back<T>(p, 0, samples);
-  });
-  Tensor dbandwidth = empty(query, {need_bandwidth ? p.heads : 0}, ScalarType::Double);
-  if (need_bandwidth)
-    dispatch_float("nonlocal_attention", compute, [&](auto zero) {
-      using T = decltype(zero);
-      reduce_moments(p, static_cast<const T*>(moments.const_data_ptr()), static_cast<double*>(dbandwidth.data_ptr()));
-    });
-  return narrowed(dbandwidth, compute);
-}
-
 // The rows' natural log-normalisers, or nothing where one is too large, a row has a shift (its exponents have no bound, see
 // tiles.h) or a number is not finite.
 std::optional<Tensor> log_normalisers(const Tensor& shift, const Tensor& sum) {
@@ -217,13 +159,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
       return {torch::stable::contiguous(dquery), torch::stable::contiguous(dkey), torch::stable::contiguous(dvalue),
               empty(query, {0}, compute_type(query))};
     }
+  Prepared in = prepare(query, key, value, bandwidth, key_mask, scale, normalize, causal, channels_first);
+  NonlocalParams& p = in.params;
+  const ScalarType compute = compute_type(query);
+  const std::vector<int64_t> rows{p.batch, p.heads, p.queries};
+  DNL_CHECK(same_sizes(doutput, output) && doutput.scalar_type() == query.scalar_type() &&
+                output.scalar_type() == query.scalar_type() && doutput.dim() == 4 &&
+                doutput.size(0) == p.batch && doutput.size(1) == p.heads &&
+                doutput.size(channels_first ? 3 : 2) == p.queries && doutput.size(channels_first ? 2 : 3) == p.value_width,
+            "nonlocal_attention: doutput or output differ from what the forward returned");
+  for (const Tensor* t : {&shift, &sum})
+    DNL_CHECK(t->dim() == 3 && t->numel() == p.batch * p.heads * p.queries && t->scalar_type() == compute &&
+                  t->is_contiguous(),
+              "nonlocal_attention: shift or sum differ from what the forward returned");
   const auto like = [&](const Tensor& t) {
     return with_positions(query, t.size(position), t.size(feature), channels_first);
   };
   Tensor dquery = like(query), dkey = like(key), dvalue = like(value);
-  Tensor dbandwidth = nonlocal_attention_pull(doutput, query, key, value, bandwidth, key_mask, output, shift, sum, scale,
-                                              normalize, causal, channels_first, need_bandwidth, dquery, dkey, dvalue);
-  return {dquery, dkey, dvalue, dbandwidth};
+  if (key_mask) {  // masked keys are never visited
+    torch::stable::zero_(dkey);
+    torch::stable::zero_(dvalue);
+  }
+  p.output = view(output, channels_first);
+  p.doutput = view(doutput, channels_first);
+  p.dquery = view(dquery, channels_first);
+  p.dkey = view(dkey, channels_first);
+  p.dvalue = view(dvalue, channels_first);
+  p.shift = const_cast<void*>(shift.const_data_ptr());
+  p.sum = const_cast<void*>(sum.const_data_ptr());
+  cut_keys(p);
+  const int64_t samples = p.batch * p.heads;
+  Tensor moments = empty(query, {need_bandwidth ? p.parts * samples * p.queries * 3 : 0}, compute);
+  p.moments = need_bandwidth ? moments.data_ptr() : nullptr;
+  Tensor parts = empty(query, {p.parts > 1 ? p.parts * samples * p.queries * p.width : 0}, compute);
+  p.dquery_parts = parts.data_ptr();
+  Tensor anchor = empty(query, {0}, query.scalar_type());
+  dispatch_float("nonlocal_attention", compute, [&](auto zero) {
+    using T = decltype(zero);
+    if (needs_anchor<T>(p, 0, samples)) {
+      anchor = with_positions(query, p.queries, p.width, channels_first);
+      find_anchor<T>(p, view(anchor, channels_first), 0, samples);
+    }
+    attend_back<T>(p, 0, samples);
+  });
+  Tensor dbandwidth = empty(query, {need_bandwidth ? p.heads : 0}, ScalarType::Double);
+  if (need_bandwidth)
+    dispatch_float("nonlocal_attention", compute, [&](auto zero) {
+      using T = decltype(zero);
+      reduce_moments(p, static_cast<const T*>(moments.const_data_ptr()), static_cast<double*>(dbandwidth.data_ptr()));
+    });
+  return {dquery, dkey, dvalue, narrowed(dbandwidth, compute)};
 }
 
 }  // namespace
@@ -232,5 +217,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nonlocal_attention_bwd(
 STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
   m.impl("nonlocal_attention_fwd", TORCH_BOX(&dnl::nonlocal_attention_fwd));
   m.impl("nonlocal_attention_bwd", TORCH_BOX(&dnl::nonlocal_attention_bwd));
-  m.impl("nonlocal_attention_pull", TORCH_BOX(&dnl::nonlocal_attention_pull));
 }

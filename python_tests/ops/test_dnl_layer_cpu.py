@@ -78,7 +78,7 @@ def eager(case, y, dx, theta):
 
 
 def ours(case, y, dx, theta, out=None):
-    config = projected.Config(case.kernel, case.heads, True, "cpu")
+    config = projected.Config(case.kernel, case.heads, y.dim() == 4, "cpu")
     x, kept = projected.forward(config, y, theta, out, case.residual)
     assert out is None or x is out
     dy, found = projected.backward(config, dx, y, theta, kept, case.residual)
@@ -123,6 +123,20 @@ def test_strided_tensors(dtype):
     check(case, wide[2:, 5:10], wide[:2, 6:11], theta)
 
 
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_tokens_are_the_same_numbers_in_another_order(case, dtype):
+    y, dx, theta = case.tensors(dtype)
+    expected, gradients = ours(case, y, dx, theta)
+    y, dx = (t.flatten(2).mT.contiguous() for t in (y, dx))
+    wide = torch.zeros(*dx.shape[:2], 2 * case.outputs + 1, dtype=dtype)
+    for out in (None, wide[..., 1 : 1 + case.outputs], wide[..., ::2][..., : case.outputs]):
+        x, found = ours(case, y, dx, theta, out)
+        assert torch.equal(x, expected.flatten(2).mT)
+        for name, gradient in gradients.items():
+            assert torch.equal(found[name], gradient.flatten(2).mT if name == "y" else gradient), name
+
+
 def test_no_samples_and_no_pixels():
     for case in (Case(batch=0, biases="qo"), Case(height=0, biases="qo"), Case(batch=0, kernel="gaussian")):
         y, dx, theta = case.tensors(torch.float32)
@@ -148,10 +162,12 @@ def test_results_do_not_depend_on_the_thread_count(batch):
 @every_case
 def test_the_shape_functions_are_those_of_the_operators(case):
     y, dx, theta = case.tensors(torch.bfloat16)
+    y, dx = y.flatten(2), dx.flatten(2)
     maps = projected._fused_arguments(projected.Config(case.kernel, case.heads, True, "cpu"), theta, case.residual)
     kept = torch.ops.dnl.dnl_layer_attend(y, *maps, dx.clone())
-    found = torch.ops.dnl.dnl_layer_attend_pull(dx, y, *kept, *maps)
-    fakes = SCHEMAS["dnl_layer_attend"].fake(y, *maps, dx), SCHEMAS["dnl_layer_attend_pull"].fake(dx, y, *kept, *maps)
+    given = (dx, y, *kept, *maps, torch.empty_like(y, dtype=torch.float32))
+    found = torch.ops.dnl.dnl_layer_attend_pull(*given)
+    fakes = SCHEMAS["dnl_layer_attend"].fake(y, *maps, dx), SCHEMAS["dnl_layer_attend_pull"].fake(*given)
     for real, fake in zip((kept, found), fakes, strict=True):
         pairs = zip(torch.utils._pytree.tree_leaves(real), torch.utils._pytree.tree_leaves(fake), strict=True)
         assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
@@ -160,10 +176,11 @@ def test_the_shape_functions_are_those_of_the_operators(case):
 def test_what_does_not_fit_together_is_refused():
     case = CASES["biases"]
     y, dx, theta = case.tensors(torch.float32)
+    y, dx, dy = y.flatten(2), dx.flatten(2), torch.empty(2, 5, 35)
     arguments = projected._fused_arguments(projected.Config("softmax", 1, True, "cpu"), theta, False)
     attend, pull = torch.ops.dnl.dnl_layer_attend, torch.ops.dnl.dnl_layer_attend_pull
     kept = attend(y, *arguments, torch.empty_like(dx))
-    pull(dx, y, *kept, *arguments)
+    pull(dx, y, *kept, *arguments, dy)
     weights, biases, output_weight, output_bias, _, _, _ = arguments
     wrong = [
         ("y has the wrong shape", (y[0], *arguments, dx)),
@@ -190,9 +207,12 @@ def test_what_does_not_fit_together_is_refused():
     for message, given in [
         ("dx has the wrong shape", (dx[:, 1:], y, *kept)),
         ("element types differ", (dx.double(), y, *kept)),
-        ("attention's output", (dx, y, attended[:, :, 1:], shift, total)),
+        ("attention's output has the wrong shape", (dx, y, attended[:, 1:], shift, total)),
         ("shift or sum", (dx, y, attended, shift[1:], total)),
         ("shift or sum", (dx, y, attended, shift, total.double())),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            pull(*given, *arguments)
+            pull(*given, *arguments, dy)
+    for wrong_dy in (dy[1:], dy.double()):
+        with pytest.raises(RuntimeError, match="dy has the wrong shape or type"):
+            pull(dx, y, *kept, *arguments, wrong_dy)

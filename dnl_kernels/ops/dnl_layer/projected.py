@@ -1,8 +1,8 @@
 """The non-local operator with its projections as one function: x = W_o concat_heads(attention(W_q y, W_k y, W_v y)).
 
 What is kept for backward is y, the attention's output and two numbers per query: the projections, three times as large
-as y, are computed again. Images on the CPU with exponential weights go sample by sample through csrc/dnl_layer/cpu.cpp;
-else the products belong to torch's GEMM, the attention to the kernels of nonlocal_attention.
+as y, are computed again. On the CPU exponential weights go sample by sample through csrc/dnl_layer/cpu.cpp; else the
+products belong to torch's GEMM, the attention to the kernels of nonlocal_attention.
 """
 
 from __future__ import annotations
@@ -91,20 +91,6 @@ def _attention_backward(config: Config, dout: Tensor, arguments, kept, static, s
     out, *rows = kept
     axis = 1 if config.images else 2
     need = bandwidth is not None
-    if config.kernel != "dot" and config.backend == "cpu":  # straight into one tensor
-        q, v = (t.shape[1] * t.shape[2 if config.images else 3] for t in (query, value))
-        shape = [query.shape[0], query.shape[3 if config.images else 2]]
-        shape.insert(axis, 2 * q + v)
-        found = query.new_empty(shape)
-        parts = _features(found, [q, q, v], config)
-        dquery, dkey, dvalue = (parts[1], parts[0], parts[2]) if shared else parts
-        run = _backend.kernel("cpu", "nonlocal_attention_pull")
-        dbandwidth = run(dout, *arguments, out, *rows, *static, need, dquery, dkey, dvalue)
-        if shared:
-            found = wide(found)
-            found.narrow(axis, q, q).add_(found.narrow(axis, 0, q))
-            found = found.narrow(axis, q, q + v)
-        return found, dbandwidth
     if config.kernel == "dot":
         (dquery, dkey, dvalue), dbandwidth = _dot_backward(dout, query, key, value, config), None
     else:
@@ -141,12 +127,20 @@ def _positions(y: Tensor, config: Config) -> Tensor:
 def combine(config: Config, out: Tensor, theta: NonLocalParameters, like: Tensor) -> Tensor:
     """W_o concat_heads(out) + b_o, in the form of `like`."""
     assert theta.output_weight is not None
+    if _fused(config):  # which leaves the heads [B, h * E, N]
+        x = _linear(out, theta.output_weight, theta.output_bias, True)
+        return x.unflatten(2, like.shape[2:]) if config.images else x.mT
     x = _linear(join_heads(out, config), theta.output_weight, theta.output_bias, config.images)
     return x.unflatten(2, like.shape[2:]) if config.images else x
 
 
 def _fused(config: Config) -> bool:
-    return config.images and config.backend == "cpu" and config.kernel != "dot"
+    return config.backend == "cpu" and config.kernel != "dot"
+
+
+def _features_first(t: Tensor, config: Config) -> Tensor:
+    """[B, C, N] of [B, C, H, W] or [B, N, C]; a view where t has its own positions' steps, as parts of a buffer do."""
+    return t.flatten(2) if config.images else t.mT
 
 
 def _fused_arguments(config: Config, theta: NonLocalParameters, residual: bool):
@@ -163,8 +157,11 @@ def forward(
     if _fused(config):
         assert theta.output_weight is not None
         if out is None:
-            out = y.new_empty(y.shape[0], len(theta.output_weight), *y.shape[2:])
-        return out, list(torch.ops.dnl.dnl_layer_attend(y, *_fused_arguments(config, theta, residual), out))
+            outputs = len(theta.output_weight)
+            out = y.new_empty((len(y), outputs, *y.shape[2:]) if config.images else (*y.shape[:2], outputs))
+        to = out.view(*out.shape[:2], out.shape[2] * out.shape[3]) if config.images else out.mT
+        arguments = _fused_arguments(config, theta, residual)
+        return out, list(torch.ops.dnl.dnl_layer_attend(_features_first(y, config), *arguments, to))
     arguments, static = _attention_arguments(config, _positions(y, config), theta, _projection(theta))
     if config.kernel == "dot":
         query, key, value = arguments[:3]
@@ -179,7 +176,9 @@ def forward(
 def _fused_backward(config: Config, dx: Tensor, y: Tensor, theta: NonLocalParameters, kept, residual: bool):
     arguments = _fused_arguments(config, theta, residual)
     bandwidth = arguments[4]
-    dy, *maps, dweight, dbias, dbandwidth = torch.ops.dnl.dnl_layer_attend_pull(dx, y, *kept, *arguments)
+    dy = y.new_empty(y.shape, dtype=kept[1].dtype)
+    dx, x, to = (_features_first(t, config) for t in (dx, y, dy))
+    *maps, dweight, dbias, dbandwidth = torch.ops.dnl.dnl_layer_attend_pull(dx, x, *kept, *arguments, to)
     found: dict[str, Any] = {"output_weight": dweight, "output_bias": dbias}
     for kind, gradients in zip(("weight", "bias"), maps, strict=True):
         found |= {f"{name}_{kind}": gradient for name, gradient in zip(_names(theta), gradients, strict=True)}
