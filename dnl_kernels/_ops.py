@@ -116,6 +116,11 @@ _ATTEND = (
 )
 
 
+def attends_in_groups(kernel: str, value_weight: Tensor) -> bool:
+    """Whether `dnl_layer_attend` is a layer's N on the CPU: products of more channels are faster in torch's GEMM."""
+    return kernel != "dot" and value_weight.shape[1] <= 64
+
+
 def _dnl_layer_attend(y, weights, biases, output_weight, output_bias, bandwidth, heads, residual, out):
     row = y.new_empty((y.shape[0], heads, y.shape[2]), dtype=_accumulation_dtype(y))
     return y.new_empty((y.shape[0], weights[-1].shape[0], y.shape[2])), row, torch.empty_like(row)
@@ -209,13 +214,14 @@ def _dnl_nonlocal_block_fwd(
     mean = x0.new_empty(measured if norm and training else 0, dtype=_accumulation_dtype(x0))
     kept: list[Tensor] = []
     for layer in range(layers if keep else 0):
-        width = tensors[layer * size + _NONLOCAL_VALUE].shape[0]
+        value = tensors[layer * size + _NONLOCAL_VALUE]
         kept.append(buffer(growth_rate))
-        if kernel == "dot":
-            of_head = (numbers, width // heads) if tokens else (width // heads, numbers)
-            kept.append(x0.new_empty((batch, heads, *of_head)))
+        if attends_in_groups(kernel, value):
+            kept.append(x0.new_empty((batch, value.shape[0], numbers)))
         else:
-            kept.append(x0.new_empty((batch, width, numbers)))
+            width = value.shape[0] // heads
+            kept.append(x0.new_empty((batch, heads, numbers, width) if tokens else (batch, heads, width, numbers)))
+        if kernel != "dot":
             kept += [x0.new_empty((batch, heads, numbers), dtype=_accumulation_dtype(x0)) for _ in range(2)]
     return buffer(channels), mean, torch.empty_like(mean), kept
 

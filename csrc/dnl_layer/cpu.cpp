@@ -78,46 +78,81 @@ struct Maps {
   }
 };
 
-// The planes of a sample in a scratch have room for a last vector beyond the positions.
-FlatPlane positions_of(int64_t n) { return {1, 1, n, 0}; }
+// Some samples side by side in the planes of a scratch, `step` apart, so that those with few positions are multiplied at
+// once. Each ends in zeros: they meet the positions beyond the last in the gradient of a map.
+struct Group {
+  int64_t first, count, step, positions;
 
-// A sample of a tensor [B, channels, N].
-template <class T>
-struct Sample {
-  T* data;
-  int64_t channel, position;  // strides
+  int64_t span() const { return (count - 1) * step + positions; }
+};
 
-  Sample(const Tensor& t, int64_t b)
-      : data(static_cast<T*>(t.data_ptr()) + b * t.stride(0)), channel(t.stride(1)), position(t.stride(2)) {}
+// How a batch is cut into groups and those into chunks, each of which has sums of its own: by its sizes alone.
+struct Groups {
+  static constexpr int64_t kChunks = 32, kLeast = 8;
+  int64_t batch, positions, samples, step;
 
-  // Calls body(element, c, i) for all of them, in the order in which they lie.
+  Groups(int64_t batch, int64_t positions) : batch(batch), positions(positions), samples(1), step(positions) {
+    if (positions == 0 || positions >= kPositions) return;
+    samples = std::min(ceil_div(kPositions, positions), ceil_div(std::max<int64_t>(batch, 1), kLeast));
+    step = ceil_div(positions, kPlaneAlign) * kPlaneAlign;
+  }
+  int64_t count() const { return ceil_div(batch, samples); }
+  int64_t chunks() const { return std::min(count(), kChunks); }
+  Group group(int64_t i) const { return {i * samples, std::min(samples, batch - i * samples), step, positions}; }
+  // Between planes: with room for a last vector.
+  int64_t length() const { return FlatPlane{1, 1, samples * step, 0}.length(); }
+
+  // Runs body(chunk, group) for all: in parallel, or, where there are fewer groups than threads, one after another, so
+  // that the attention of one uses all of them.
   template <class Body>
-  void for_each(int64_t channels, int64_t n, Body body) const {
-    if (position <= channel)
-      for (int64_t c = 0; c < channels; c++)
-        for (int64_t i = 0; i < n; i++) body(data[c * channel + i * position], c, i);
-    else
-      for (int64_t i = 0; i < n; i++)
-        for (int64_t c = 0; c < channels; c++) body(data[c * channel + i * position], c, i);
+  void for_each(Body body) const {
+    const auto run = [&](int64_t chunk, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) body(chunk, group(i));
+    };
+    if (count() >= static_cast<int64_t>(torch::stable::get_num_threads()))
+      return parallel_chunks(chunks(), count(), run);
+    for (int64_t c = 0; c < chunks(); c++) run(c, c * count() / chunks(), (c + 1) * count() / chunks());
   }
 };
 
-// What is multiplied ends in zeros: they meet the positions beyond the last in the gradient of a map.
-template <class T>
-void load_sample(Sample<const T> from, int64_t channels, int64_t n, Stack<T> to) {
-  if (from.position == 1)
-    for (int64_t c = 0; c < channels; c++) std::copy_n(from.data + c * from.channel, n, to.plane(c).data);
-  else
-    from.for_each(channels, n, [&](T x, int64_t c, int64_t i) { to.data[c * to.stride + i] = x; });
-  for (int64_t c = 0; c < channels; c++) std::fill(to.plane(c).data + n, to.plane(c + 1).data, T(0));
+// Calls body(element, its place in the stack) for the group's part of a tensor [B, channels, N], in the order in which the
+// elements lie.
+template <class T, class S, class Body>
+void for_each_element(const Tensor& t, const Group& g, Stack<S> s, Body body) {
+  const int64_t channels = t.size(1), channel = t.stride(1), position = t.stride(2);
+  for (int64_t k = 0; k < g.count; k++) {
+    T* from = static_cast<T*>(t.data_ptr()) + (g.first + k) * t.stride(0);
+    S* to = s.data + k * g.step;
+    if (position == 1)
+      for (int64_t c = 0; c < channels; c++)
+        for (int64_t i = 0; i < g.positions; i++) body(from[c * channel + i], to[c * s.stride + i]);
+    else if (position < channel)
+      for (int64_t c = 0; c < channels; c++)
+        for (int64_t i = 0; i < g.positions; i++) body(from[c * channel + i * position], to[c * s.stride + i]);
+    else
+      for (int64_t i = 0; i < g.positions; i++)
+        for (int64_t c = 0; c < channels; c++) body(from[c * channel + i * position], to[c * s.stride + i]);
+  }
 }
 
 template <class T>
-void store_sample(Stack<T> from, int64_t channels, int64_t n, Sample<T> to) {
-  if (to.position == 1)
-    for (int64_t c = 0; c < channels; c++) std::copy_n(from.plane(c).data, n, to.data + c * to.channel);
-  else
-    to.for_each(channels, n, [&](T& x, int64_t c, int64_t i) { x = from.data[c * from.stride + i]; });
+void clear_ends(const Group& g, int64_t channels, Stack<T> s) {
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t k = 0; k < g.count; k++) {
+      T* row = s.plane(c).data + k * g.step;
+      std::fill(row + g.positions, k + 1 < g.count ? row + g.step : s.plane(c + 1).data, T(0));
+    }
+}
+
+template <class T>
+void load_group(const Tensor& t, const Group& g, Stack<T> to) {
+  for_each_element<const T>(t, g, to, [](const T& x, T& y) { y = x; });
+  clear_ends(g, t.size(1), to);
+}
+
+template <class T>
+void store_group(Stack<T> from, const Group& g, const Tensor& t) {
+  for_each_element<T>(t, g, from, [](T& x, const T& y) { x = y; });
 }
 
 // to (+)= W from + bias, W as pack_filters or pack_transposed leave it.
@@ -128,7 +163,7 @@ void multiply(int64_t n, Stack<const T> from, int64_t channels, const std::vecto
   for (int64_t p = 0; p < n; p += kPositions)
     for_each_group(outputs, [&](int64_t o, int64_t size) {
       const Stack<T> out = to.plane(o);
-      DNL_ISA_CALL(convolve<T>(positions_of(std::min(kPositions, n - p)), {from.data + p, from.stride}, channels, &tap, 1,
+      DNL_ISA_CALL(convolve<T>({1, 1, std::min(kPositions, n - p), 0}, {from.data + p, from.stride}, channels, &tap, 1,
                                packed.data() + o * channels, size, bias ? bias + o : nullptr, accumulate,
                                {out.data + p, out.stride}, Ahead{}));
     });
@@ -140,7 +175,7 @@ void multiply_gradient(int64_t n, Stack<const T> from, int64_t channels, Stack<c
                        T* gradient, double* bias) {
   const int64_t tap = 0;
   for_each_group(outputs, [&](int64_t o, int64_t size) {
-    DNL_ISA_CALL(weight_gradient<T>(positions_of(n), from, channels, &tap, 1, dto.plane(o), size, gradient + o, outputs));
+    DNL_ISA_CALL(weight_gradient<T>({1, 1, n, 0}, from, channels, &tap, 1, dto.plane(o), size, gradient + o, outputs));
   });
   for (int64_t o = 0; bias && o < outputs; o++) {
     double mean, deviations;
@@ -162,13 +197,13 @@ std::vector<T> packed_transposed(const T* weight, int64_t outputs, int64_t chann
   return to;
 }
 
-// A stack as the attention reads it, of whichever sample.
+// A stack as the attention reads it, in which sample g.first comes first.
 template <class T>
-NonlocalTensor features(Stack<T> s, int64_t width) {
-  return {const_cast<std::remove_const_t<T>*>(s.data), 0, width * s.stride, 1, s.stride};
+NonlocalTensor features(const Group& g, Stack<T> s, int64_t width) {
+  return {s.data - g.first * g.step, g.step, width * s.stride, 1, s.stride};
 }
 
-// The attention's parameters but for a sample's own tensors.
+// The attention's parameters but for a group's own tensors.
 template <class T>
 struct Attention {
   NonlocalParams params{};
@@ -190,29 +225,16 @@ struct Attention {
     p.radius = radius.data();
   }
 
-  // Those of a sample whose projections are `products`.
-  NonlocalParams with(const Maps& maps, Stack<T> products) const {
+  // Those of a group whose projections are `products`.
+  NonlocalParams with(const Maps& maps, const Group& g, Stack<T> products) const {
     NonlocalParams p = params;
     const int64_t queries = maps.heads * maps.width;
-    p.query = features(products, maps.width);
-    p.key = features(products.plane(maps.shared ? 0 : queries), maps.width);
-    p.value = features(products.plane(maps.shared ? queries : 2 * queries), maps.value_width);
+    p.query = features(g, products, maps.width);
+    p.key = features(g, products.plane(maps.shared ? 0 : queries), maps.width);
+    p.value = features(g, products.plane(maps.shared ? queries : 2 * queries), maps.value_width);
     return p;
   }
 };
-
-// Runs body(chunk, sample) for all samples in a fixed number of chunks: in parallel, or, where there are fewer samples
-// than threads, one after another, so that the attention of a sample uses all of them.
-constexpr int64_t kChunks = 32;
-template <class Body>
-void for_each_sample(int64_t batch, Body body) {
-  const int64_t chunks = std::min(batch, kChunks);
-  const auto run = [&](int64_t chunk, int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; b++) body(chunk, b);
-  };
-  if (batch >= static_cast<int64_t>(torch::stable::get_num_threads())) return parallel_chunks(chunks, batch, run);
-  for (int64_t c = 0; c < chunks; c++) run(c, c * batch / chunks, (c + 1) * batch / chunks);
-}
 
 // The tensor in the type that is computed in.
 Tensor checked(const Tensor& t, int64_t batch, int64_t channels, int64_t positions, ScalarType type, const char* name) {
@@ -244,26 +266,27 @@ std::tuple<Tensor, Tensor, Tensor> dnl_layer_attend(
   dispatch_float("dnl_layer", type, [&](auto zero) {
     using T = decltype(zero);
     const Attention<T> attention(maps, B, N);
-    const int64_t E = maps.attended(), length = positions_of(N).length();
+    const Groups groups(B, N);
+    const int64_t E = maps.attended(), length = groups.length();
     const std::vector<T> bias = maps.bias<T>(), in = packed(maps.weight<T>().data(), maps.rows, G);
     const std::vector<T> last = packed(static_cast<const T*>(maps.output_weight.const_data_ptr()), maps.outputs, E);
     const T* b_in = maps.biased ? bias.data() : nullptr;
     const T* b_out = data_or_null<T>(maps.output_bias);
-    for_each_sample(B, [&](int64_t, int64_t b) {
+    groups.for_each([&](int64_t, const Group& g) {
       Scratch scratch(Scratch::bytes<T>((std::max(G, maps.outputs) + maps.rows + E) * length));
       const Stack<T> source{scratch.take<T>((std::max(G, maps.outputs) + maps.rows + E) * length), length};
       const Stack<T> products = source.plane(std::max(G, maps.outputs)), found = products.plane(maps.rows);
-      load_sample<T>({y, b}, G, N, source);
-      multiply<T>(N, source.read(), G, in, maps.rows, b_in, false, products);
-      NonlocalParams p = attention.with(maps, products);
-      p.output = features(found, maps.value_width);
+      load_group(y, g, source);
+      multiply<T>(g.span(), source.read(), G, in, maps.rows, b_in, false, products);
+      NonlocalParams p = attention.with(maps, g, products);
+      p.output = features(g, found, maps.value_width);
       p.shift = shift.data_ptr();
       p.sum = sum.data_ptr();
-      prepare_keys<T>(p, b * heads, (b + 1) * heads);
-      attend<T>(p, b * heads, (b + 1) * heads);
-      store_sample<T>(found, E, N, {kept, b});
-      multiply<T>(N, found.read(), E, last, maps.outputs, b_out, residual, source);
-      store_sample<T>(source, maps.outputs, N, {x, b});
+      prepare_keys<T>(p, g.first * heads, (g.first + g.count) * heads);
+      attend<T>(p, g.first * heads, (g.first + g.count) * heads);
+      store_group(found, g, kept);
+      multiply<T>(g.span(), found.read(), E, last, maps.outputs, b_out, residual, source);
+      store_group(source, g, x);
     });
   });
   if (apart) torch::stable::copy_(out, x);
@@ -308,7 +331,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dnl
     shared.dquery_parts = parts.data();
     shared.shift = const_cast<void*>(shift.const_data_ptr());
     shared.sum = const_cast<void*>(sum.const_data_ptr());
-    const int64_t length = positions_of(N).length(), chunks = std::min(B, kChunks), gradients = R * G + E * O;
+    const Groups groups(B, N);
+    const int64_t length = groups.length(), chunks = groups.chunks(), gradients = R * G + E * O;
     const std::vector<T> weight = maps.weight<T>(), bias = maps.bias<T>();
     const T* const last = static_cast<const T*>(maps.output_weight.const_data_ptr());
     const std::vector<T> in = packed(weight.data(), R, G), back = packed_transposed(weight.data(), R, G);
@@ -316,40 +340,42 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dnl
     std::vector<T> partial(chunks * gradients);
     std::vector<double> sums(chunks * (R + O));
     const int64_t planes = O + E + G + R + E + 2 * D + E + std::max(G, D);
-    for_each_sample(B, [&](int64_t chunk, int64_t b) {
+    groups.for_each([&](int64_t chunk, const Group& g) {
       Scratch scratch(Scratch::bytes<T>(planes * length));
       const Stack<T> given{scratch.take<T>(planes * length), length};
       const Stack<T> found = given.plane(O), source = found.plane(E), products = source.plane(G);
       const Stack<T> dfound = products.plane(R), all = dfound.plane(E), spare = all.plane(2 * D + E);
-      load_sample<T>({dx, b}, O, N, given);
-      load_sample<T>({attended, b}, E, N, found);
-      load_sample<T>({y, b}, G, N, source);
-      multiply<T>(N, source.read(), G, in, R, maps.biased ? bias.data() : nullptr, false, products);
-      multiply<T>(N, given.read(), O, last_back, E, nullptr, false, dfound);
+      const int64_t span = g.span();
+      load_group(dx, g, given);
+      load_group(attended, g, found);
+      load_group(y, g, source);
+      multiply<T>(span, source.read(), G, in, R, maps.biased ? bias.data() : nullptr, false, products);
+      multiply<T>(span, given.read(), O, last_back, E, nullptr, false, dfound);
       T* const partial_in = partial.data() + chunk * gradients;
       double* const sum_in = sums.data() + chunk * (R + O);
-      multiply_gradient<T>(N, found.read(), E, given.read(), O, partial_in + R * G,
+      multiply_gradient<T>(span, found.read(), E, given.read(), O, partial_in + R * G,
                            maps.output_bias.has_value() ? sum_in + R : nullptr);
-      NonlocalParams p = attention.with(maps, products);
-      p.output = features(found, maps.value_width);
-      p.doutput = features(dfound, maps.value_width);
-      p.dquery = features(all, maps.width);
-      p.dkey = features(all.plane(D), maps.width);
-      p.dvalue = features(all.plane(2 * D), maps.value_width);
-      const int64_t first = b * heads, end = first + heads;
+      NonlocalParams p = attention.with(maps, g, products);
+      p.output = features(g, found, maps.value_width);
+      p.doutput = features(g, dfound, maps.value_width);
+      p.dquery = features(g, all, maps.width);
+      p.dkey = features(g, all.plane(D), maps.width);
+      p.dvalue = features(g, all.plane(2 * D), maps.value_width);
+      const int64_t first = g.first * heads, end = first + g.count * heads;
       prepare_keys<T>(p, first, end);
-      if (needs_anchor<T>(p, first, end)) find_anchor<T>(p, features(spare, maps.width), first, end);
+      if (needs_anchor<T>(p, first, end)) find_anchor<T>(p, features(g, spare, maps.width), first, end);
       attend_back<T>(p, first, end);
+      clear_ends(g, 2 * D + E, all);
       for (int64_t i = 0; maps.shared && i < D; i++) {
         const T* from = all.plane(i).data;
         T* to = all.plane(D + i).data;
-        for (int64_t n = 0; n < N; n++) to[n] += from[n];
+        for (int64_t n = 0; n < span; n++) to[n] += from[n];
       }
       const Stack<T> dproducts = all.plane(maps.shared ? D : 0), dsource = spare;
       if (residual) std::copy_n(given.data, G * length, dsource.data);
-      multiply<T>(N, dproducts.read(), R, back, G, nullptr, residual, dsource);
-      store_sample<T>(dsource, G, N, {dy, b});
-      multiply_gradient<T>(N, source.read(), G, dproducts.read(), R, partial_in, maps.biased ? sum_in : nullptr);
+      multiply<T>(span, dproducts.read(), R, back, G, nullptr, residual, dsource);
+      store_group(dsource, g, dy);
+      multiply_gradient<T>(span, source.read(), G, dproducts.read(), R, partial_in, maps.biased ? sum_in : nullptr);
     });
     // Partial sums of the chunks, in their order; those of maps are [channel, row], with `rows` side by side.
     const auto total = [&](const auto& from, int64_t row, int64_t i) {

@@ -44,6 +44,8 @@ CASES = {
     "paper-tokens": nonlocal_block(affine="linear", preactivation=False, input_skip=True, training=True),
     "dot": nonlocal_block(kernel="dot", heads=2, training=True),
     "dot-tokens-residual": nonlocal_block(kernel="dot", affine="linear", residual=True, heads=2, training=True),
+    "wide": nonlocal_block(((True,),), growth=70, training=True, residual=True),
+    "wide-paper-tokens": nonlocal_block(((True,),), growth=70, affine="linear", preactivation=False, heads=2),
     "one-layer": nonlocal_block(((True,),), growth=5, training=True),
 }
 every_case = pytest.mark.parametrize("config", CASES.values(), ids=CASES)

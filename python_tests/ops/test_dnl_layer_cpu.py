@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dnl_kernels import _backend
-from dnl_kernels._ops import SCHEMAS
+from dnl_kernels._ops import SCHEMAS, attends_in_groups
 from dnl_kernels.ops.dnl_layer import projected
 from dnl_kernels.ops.dnl_layer.config import NonLocalParameters
 from dnl_kernels.ops.dnl_layer.reference import non_local
@@ -58,7 +58,8 @@ CASES = {
     "residual": Case(outputs=5, residual=True, biases="o"),
     "gaussian": Case(kernel="gaussian", heads=2, biases="qv"),
     "gaussian-residual": Case(kernel="gaussian", outputs=5, residual=True),
-    "wide": Case(channels=13, query=20, value=31, outputs=2),
+    "wide-heads": Case(channels=13, query=20, value=31, outputs=2),
+    "many-channels": Case(channels=66, heads=2),  # torch's products
     "one-pixel": Case(height=1, width=1),
     "one-sample-in-parts": Case(batch=1, height=25, width=22, query=3, biases="q"),
     "more-samples-than-chunks": Case(batch=37, height=3, width=4),
@@ -127,6 +128,8 @@ def test_strided_tensors(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_tokens_are_the_same_numbers_in_another_order(case, dtype):
     y, dx, theta = case.tensors(dtype)
+    if not attends_in_groups(case.kernel, theta.value_weight):
+        pytest.skip("torch's products add in another order")
     expected, gradients = ours(case, y, dx, theta)
     y, dx = (t.flatten(2).mT.contiguous() for t in (y, dx))
     wide = torch.zeros(*dx.shape[:2], 2 * case.outputs + 1, dtype=dtype)

@@ -1,8 +1,8 @@
 """The non-local operator with its projections as one function: x = W_o concat_heads(attention(W_q y, W_k y, W_v y)).
 
 What is kept for backward is y, the attention's output and two numbers per query: the projections, three times as large
-as y, are computed again. On the CPU exponential weights go sample by sample through csrc/dnl_layer/cpu.cpp; else the
-products belong to torch's GEMM, the attention to the kernels of nonlocal_attention.
+as y, are computed again. On the CPU few channels with exponential weights go sample by sample through
+csrc/dnl_layer/cpu.cpp; else the products belong to torch's GEMM, the attention to the kernels of nonlocal_attention.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import _backend
 from ..._autograd import differentiable
+from ..._ops import attends_in_groups
 from .config import NonLocalParameters
 from .pointwise import wide
 
@@ -127,15 +128,16 @@ def _positions(y: Tensor, config: Config) -> Tensor:
 def combine(config: Config, out: Tensor, theta: NonLocalParameters, like: Tensor) -> Tensor:
     """W_o concat_heads(out) + b_o, in the form of `like`."""
     assert theta.output_weight is not None
-    if _fused(config):  # which leaves the heads [B, h * E, N]
+    if _fused(config, theta):  # which leaves the heads [B, h * E, N]
         x = _linear(out, theta.output_weight, theta.output_bias, True)
         return x.unflatten(2, like.shape[2:]) if config.images else x.mT
     x = _linear(join_heads(out, config), theta.output_weight, theta.output_bias, config.images)
     return x.unflatten(2, like.shape[2:]) if config.images else x
 
 
-def _fused(config: Config) -> bool:
-    return config.backend == "cpu" and config.kernel != "dot"
+def _fused(config: Config, theta: NonLocalParameters) -> bool:
+    assert theta.value_weight is not None
+    return config.backend == "cpu" and attends_in_groups(config.kernel, theta.value_weight)
 
 
 def _features_first(t: Tensor, config: Config) -> Tensor:
@@ -154,7 +156,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """N(y), or N(y) + y, in `out` where that is given, and what `backward` needs besides y: the attention's output, and
     two numbers per query unless "dot"."""
-    if _fused(config):
+    if _fused(config, theta):
         assert theta.output_weight is not None
         if out is None:
             outputs = len(theta.output_weight)
@@ -191,7 +193,7 @@ def backward(
     config: Config, dx: Tensor, y: Tensor, theta: NonLocalParameters, kept, residual: bool = False
 ) -> tuple[Tensor, dict[str, Any]]:
     """The gradients of y, through N(y) or N(y) + y, and of what theta has, not yet narrowed to a half type."""
-    if _fused(config):
+    if _fused(config, theta):
         return _fused_backward(config, dx, y, theta, kept, residual)
     x = _positions(y, config)
     assert theta.output_weight is not None
