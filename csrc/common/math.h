@@ -40,10 +40,10 @@ DNL_INLINE Vec<T> lowest() {
   return broadcast(kIsFloat<T> ? T(-__FLT_MAX__) : T(-__DBL_MAX__));
 }
 
-// 2^f, best in the relative sense with value 1 at 0, where the level's exp2 needs it: on [0, 1), to which scalef reduces,
-// or on [-1/2, 1/2]. Without rounding 8e-8 and 1.1e-7 in float, 3e-18 in double.
-template <class T>
-DNL_INLINE Vec<T> exp2_fraction(Vec<T> f) {
+// f = 2^f, best in the relative sense with value 1 at 0, where the level's exp2 needs it: on [0, 1), to which scalef
+// reduces, or on [-1/2, 1/2]. Without rounding 8e-8 and 1.1e-7 in float, 3e-18 in double.
+template <class T, int n>
+DNL_INLINE void exp2_fractions(Vec<T> (&f)[n]) {
 #if defined(__AVX512F__)
   constexpr float single[] = {1.8671302e-3f, 9.0170300e-3f, 5.5799913e-2f, 2.4016445e-1f, 6.9315131e-1f, 1.0f};
   constexpr double twice[] = {6.2634661422960210149e-10, 6.559529322770528367e-9,   1.0253212435721934234e-7,
@@ -57,43 +57,68 @@ DNL_INLINE Vec<T> exp2_fraction(Vec<T> f) {
                               1.3333558146775158128e-3,  9.6181291075940165969e-3,  5.5504108664820091257e-2,
                               2.4022650695910130469e-1,  6.9314718055994528623e-1,  1.0};
 #endif
-  const auto horner = [f](const auto& c) __attribute__((always_inline)) {
-    Vec<T> p = broadcast<T>(c[0]);
+  const auto horner = [&f](const auto& c) __attribute__((always_inline)) {
+    Vec<T> p[n];
+#pragma GCC unroll 16
+    for (int k = 0; k < n; k++) p[k] = broadcast<T>(c[0]) * f[k] + broadcast<T>(c[1]);
 #pragma GCC unroll 12
-    for (unsigned i = 1; i < sizeof(c) / sizeof(c[0]); i++) p = p * f + broadcast<T>(c[i]);
-    return p;
+    for (unsigned i = 2; i < sizeof(c) / sizeof(c[0]); i++)
+#pragma GCC unroll 16
+      for (int k = 0; k < n; k++) p[k] = p[k] * f[k] + broadcast<T>(c[i]);
+#pragma GCC unroll 16
+    for (int k = 0; k < n; k++) f[k] = p[k];
   };
-  if constexpr (kIsFloat<T>) return horner(single);
-  else return horner(twice);
+  if constexpr (kIsFloat<T>) horner(single);
+  else horner(twice);
 }
 
-// 2^x; exactly 0 far below and inf far above the range (results under the smallest normal number may be 0), NaN for NaN.
-// kBounded: the caller knows that |x| <= 120, which saves a third of the work without AVX-512.
-template <class T, bool kBounded = false>
-DNL_INLINE Vec<T> exp2(Vec<T> x) {
+// x = 2^x, of vectors step by step together, since each alone is one long chain. Exactly 0 far below and inf far above
+// the range (results under the smallest normal number may be 0), NaN for NaN. kBounded: the caller knows that |x| <= 120,
+// which saves a third of the work without AVX-512.
+template <class T, bool kBounded = false, int n>
+DNL_INLINE void exp2(Vec<T> (&x)[n]) {
+  Vec<T> f[n];
 #if defined(__AVX512F__)
-  if constexpr (kIsFloat<T>) {
-    const __m512 v = (__m512)x, f = _mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    return (Vec<T>)_mm512_maskz_scalef_ps(0xffff, (__m512)exp2_fraction<T>((Vec<T>)f), v);  // scales by 2^floor(v)
-  } else {
-    const __m512d v = (__m512d)x, f = _mm512_reduce_pd(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    return (Vec<T>)_mm512_maskz_scalef_pd(0xff, (__m512d)exp2_fraction<T>((Vec<T>)f), v);
-  }
+#pragma GCC unroll 16
+  for (int k = 0; k < n; k++)
+    if constexpr (kIsFloat<T>)
+      f[k] = (Vec<T>)_mm512_reduce_ps((__m512)x[k], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    else
+      f[k] = (Vec<T>)_mm512_reduce_pd((__m512d)x[k], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  exp2_fractions<T>(f);
+#pragma GCC unroll 16
+  for (int k = 0; k < n; k++)  // scales by 2^floor(x)
+    if constexpr (kIsFloat<T>)
+      x[k] = (Vec<T>)_mm512_maskz_scalef_ps(0xffff, (__m512)f[k], (__m512)x[k]);
+    else
+      x[k] = (Vec<T>)_mm512_maskz_scalef_pd(0xff, (__m512d)f[k], (__m512d)x[k]);
 #else
   constexpr int kMantissa = kIsFloat<T> ? 23 : 52;
   constexpr T kBias = kIsFloat<T> ? 127 : 1023;
   // Adding 1.5 * 2^mantissa rounds to an integer, which then stands in the lowest bits.
   constexpr T kRound = T(3) * (T(1) / 2) * T(int64_t(1) << kMantissa);
   const Vec<T> high = broadcast<T>(kBias + 1);
-  const Vec<T> v = kBounded ? x : high < x ? high : x;
-  const Vec<T> rounded = v + broadcast(kRound);
-  const Vec<T> fraction = exp2_fraction<T>(v - (rounded - broadcast(kRound)));
-  using Bits = Vec<typename IntOf<sizeof(T)>::bits>;  // which may wrap: far below the range, where r is not used
-  const auto r = __builtin_bit_cast(
-      Vec<T>, __builtin_bit_cast(Bits, fraction) + (__builtin_bit_cast(Bits, rounded) << kMantissa));
-  if constexpr (kBounded) return r;
-  const Vec<T> above = v < broadcast<T>(1 - kBias) ? Vec<T>{} : r;
-  return x == x ? above : x;
+  Vec<T> v[n], rounded[n];
+#pragma GCC unroll 16
+  for (int k = 0; k < n; k++) {
+    v[k] = kBounded ? x[k] : high < x[k] ? high : x[k];
+    rounded[k] = v[k] + broadcast(kRound);
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < n; k++) f[k] = v[k] - (rounded[k] - broadcast(kRound));
+  exp2_fractions<T>(f);
+#pragma GCC unroll 16
+  for (int k = 0; k < n; k++) {
+    using Bits = Vec<typename IntOf<sizeof(T)>::bits>;  // which may wrap: far below the range, where r is not used
+    const auto r = __builtin_bit_cast(
+        Vec<T>, __builtin_bit_cast(Bits, f[k]) + (__builtin_bit_cast(Bits, rounded[k]) << kMantissa));
+    if constexpr (kBounded) {
+      x[k] = r;
+    } else {
+      const Vec<T> above = v[k] < broadcast<T>(1 - kBias) ? Vec<T>{} : r;
+      x[k] = x[k] == x[k] ? above : x[k];
+    }
+  }
 #endif
 }
 

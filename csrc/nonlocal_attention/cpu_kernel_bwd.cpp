@@ -1,10 +1,16 @@
 // Backward of nonlocal_attention in one pass over the tiles, five products for each pair: weights and their gradients
-// are formed with lanes over queries (which gives dq), stored for one group of keys, and multiplied with the queries' and
+// are formed with lanes over queries (which gives dq), stored for a block of keys, and multiplied with the queries' and
 // doutput's rows with lanes over features (which gives dk and dv). Weights are recomputed from the rows' shift and sum.
 #include "nonlocal_attention/tiles.h"
 
 namespace dnl::DNL_ISA {
 namespace {
+
+// A block is a few tiles of queries against kBlockKeys keys (whole groups for every vector length): its five products
+// have their sums in registers over a side of it, and what they exchange stays in cache.
+constexpr int64_t kTiles = 4, kBlockKeys = 96;
+template <class T>
+constexpr int kBlockQueries = kTiles * kQueries<T>;
 
 template <class T>
 using HalfVec = typename VecOf<T, DNL_VECTOR_BYTES / 2>::type;
@@ -14,57 +20,77 @@ DNL_INLINE int64_t padded_width(int64_t width) {
   return round_up(width, kLanes<T> / 2);
 }
 
-// out[u][f...] += sum_{first <= i < last} s[u][i] * rows[i][f...] for kRows keys and kCount vectors of features.
+// out[u][f...] += sum_{first <= i < last} s[u][i] * rows[i][f...] for kRows keys and kCount vectors of features, where
+// first < last.
 template <class V, int kRows, int kCount, class T>
-DNL_INLINE void rank_update_columns(T* out, const T* s, const T* rows, int64_t width, int64_t first, int64_t last) {
+void rank_update(T* out, const T* s, const T* rows, int64_t width, int64_t first, int64_t last) {
   constexpr int kL = sizeof(V) / sizeof(T);
   V sum[kRows][kCount];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int u = 0; u < kRows; u++)
 #pragma GCC unroll 2
     for (int c = 0; c < kCount; c++) memcpy(&sum[u][c], out + u * width + c * kL, sizeof(V));
-  for (int64_t i = first; i < last; i++) {
+  int64_t i = first;
+  do {  // no loop without a turn, for which the compiler would keep the sums in memory as well
     V r[kCount];
 #pragma GCC unroll 2
     for (int c = 0; c < kCount; c++) memcpy(&r[c], rows + i * width + c * kL, sizeof(V));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int u = 0; u < kRows; u++) {
-      const V x = s[u * kQueries<T> + i] - V{};
+      const V x = s[u * kBlockQueries<T> + i] - V{};
 #pragma GCC unroll 2
       for (int c = 0; c < kCount; c++) sum[u][c] += x * r[c];
     }
-  }
-#pragma GCC unroll 8
+  } while (++i < last);
+#pragma GCC unroll 16
   for (int u = 0; u < kRows; u++)
 #pragma GCC unroll 2
     for (int c = 0; c < kCount; c++) memcpy(out + u * width + c * kL, &sum[u][c], sizeof(V));
 }
 
-template <int kRows, class T>
-void rank_update(T* out, const T* s, const T* rows, int64_t width, int64_t first, int64_t last) {
-  constexpr int kL = kLanes<T>;
-  int64_t f = 0;
-  for (; f + 2 * kL <= width; f += 2 * kL) rank_update_columns<Vec<T>, kRows, 2>(out + f, s, rows + f, width, first, last);
-  if (f + kL <= width) {
-    rank_update_columns<Vec<T>, kRows, 1>(out + f, s, rows + f, width, first, last);
-    f += kL;
-  }
-  if (f < width) rank_update_columns<HalfVec<T>, kRows, 1>(out + f, s, rows + f, width, first, last);
+// The same for `keys` keys, a multiple of kRows: twice as many at a time with a single vector of features, so that as
+// many sums are independent of each other.
+template <class V, int kRows, int kCount, class T>
+DNL_INLINE void rank_update_keys(T* out, const T* s, const T* rows, int64_t width, int64_t keys, int64_t first,
+                                 int64_t last) {
+  int64_t u = 0;
+  if constexpr (kCount == 1)
+    for (; u + 2 * kRows <= keys; u += 2 * kRows)
+      rank_update<V, 2 * kRows, 1>(out + u * width, s + u * kBlockQueries<T>, rows, width, first, last);
+  for (; u < keys; u += kRows)
+    rank_update<V, kRows, kCount>(out + u * width, s + u * kBlockQueries<T>, rows, width, first, last);
 }
 
-// What one thread works with: packed keys of its part, the tile's queries and doutput both ways, and the gradients.
+// The same for all features.
+template <int kRows, class T>
+void rank_updates(T* out, const T* s, const T* rows, int64_t width, int64_t keys, int64_t first, int64_t last) {
+  constexpr int kL = kLanes<T>;
+  int64_t f = 0;
+  for (; f + 2 * kL <= width; f += 2 * kL)
+    rank_update_keys<Vec<T>, kRows, 2>(out + f, s, rows + f, width, keys, first, last);
+  if (f + kL <= width) {
+    rank_update_keys<Vec<T>, kRows, 1>(out + f, s, rows + f, width, keys, first, last);
+    f += kL;
+  }
+  if (f < width) rank_update_keys<HalfVec<T>, kRows, 1>(out + f, s, rows + f, width, keys, first, last);
+}
+
+// What one thread works with: packed keys of its part, the block's queries and doutput both ways, and the gradients.
 template <class T>
 struct Workspace {
   int64_t D, E, Dp, Ep, padded;
-  Buffer<T> keys, values, bias, dk, dv, column;              // of the part; column: [padded][lanes] sums of delta
-  Buffer<T> q, g, o, dq, anchor, q_rows, g_rows, weight, delta, score;  // of the tile; the last three of a group [kKeys][kQueries]
+  Buffer<T> keys, values, bias, dk, dv, column;  // of the part; column: [padded][lanes] sums of delta
+  Buffer<T> q, g, dq, q_rows, g_rows;            // of the block: [tile][features][kQueries], [query][features]
+  Buffer<T> weight, delta;                       // of the block: [kBlockKeys][kBlockQueries]
+  Buffer<T> o, anchor;                           // of a tile
 
   Workspace(const NonlocalParams& p)
       : D(p.width), E(p.value_width), Dp(padded_width<T>(D)), Ep(padded_width<T>(E)),
         padded(round_up(p.part_keys, kKeys)), keys(padded * D), values(padded * E), bias(padded), dk(padded * Dp),
-        dv(padded * Ep), column(padded * kLanes<T>), q(D * kQueries<T>), g(E * kQueries<T>), o(E * kQueries<T>),
-        dq(D * kQueries<T>), anchor(p.anchor.data ? D * kQueries<T> : 0), q_rows(Dp * kQueries<T>), g_rows(Ep * kQueries<T>), weight(kKeys * kQueries<T>),
-        delta(kKeys * kQueries<T>), score(kKeys * kQueries<T>) {}
+        dv(padded * Ep), column(padded * kLanes<T>), q(D * kBlockQueries<T>), g(E * kBlockQueries<T>),
+        dq(D * kBlockQueries<T>), q_rows(Dp * kBlockQueries<T>), g_rows(Ep * kBlockQueries<T>),
+        weight(kBlockKeys * kBlockQueries<T>), delta(kBlockKeys * kBlockQueries<T>), o(E * kQueries<T>),
+        anchor(p.anchor.data ? D * kQueries<T> : 0) {}
 };
 
 template <class T>
@@ -79,83 +105,71 @@ struct Tile {
   bool bounded, anchored;
 };
 
-// kBounded: the rows have no shift, and no exponent is large.
+// Of a tile's scores and doutput . value, in w.weight and w.delta, makes weight = 2^(score - shift) and delta = weight
+// (doutput . value - drift), and sums. kBounded: the rows have no shift, and no exponent is large.
 template <Score kScore, bool kBounded, Mask kMask, bool kMoment, class T>
-DNL_INLINE void add_group(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, int64_t j) {
-  constexpr bool kMasked = kMask != Mask::none;
-  constexpr int kL = kLanes<T>, kQ = kQueries<T>;
-  const T *k = w.keys + j * w.D, *v = w.values + j * w.E;
-  Scores<T> s;
-  form_scores<kScore, T>(s, w.q, k, w.bias + j, w.D);
-#pragma GCC unroll 8
-  for (int u = 0; u < kKeys; u++) {
-    if constexpr (!kBounded) {
-      s.at[u][0] -= t.shift.a;
-      s.at[u][1] -= t.shift.b;
-    }
-    if constexpr (kMoment) {
-      store(w.score + u * kQ, maximum(s.at[u][0], lowest<T>()));  // finite: 0 * lowest is 0
-      store(w.score + u * kQ + kL, maximum(s.at[u][1], lowest<T>()));
-    }
-    s.at[u][0] = exp2<T, kBounded>(s.at[u][0]);
-    s.at[u][1] = exp2<T, kBounded>(s.at[u][1]);
-    store(w.weight + u * kQ, s.at[u][0]);
-    store(w.weight + u * kQ + kL, s.at[u][1]);
-  }
-  form_scores<Score::dot, T>(s, w.g, v, w.bias, w.E);
-#pragma GCC unroll 8
-  for (int u = 0; u < kKeys; u++) {
-    s.at[u][0] = (s.at[u][0] - t.drift.a) * load(w.weight + u * kQ);
-    s.at[u][1] = (s.at[u][1] - t.drift.b) * load(w.weight + u * kQ + kL);
-    if constexpr (kMasked) {
-      s.at[u][0] = limit.allowed(j, u, 0) ? s.at[u][0] : Vec<T>{};
-      s.at[u][1] = limit.allowed(j, u, 1) ? s.at[u][1] : Vec<T>{};
-    }
-    store(w.delta + u * kQ, s.at[u][0]);
-    store(w.delta + u * kQ + kL, s.at[u][1]);
+DNL_INLINE void form_deltas(Workspace<T>& w, Tile<T>& t, const Limits<T>& limit, int64_t at, int64_t j, int64_t keys) {
+  const Pair<T> shift = t.shift, drift = t.drift;
+  Pair<T> row = t.row, moment = t.moment, mean = t.mean;
+  for (int64_t u = 0; u < keys; u++) {
+    T* const weights = w.weight + u * kBlockQueries<T> + at * kQueries<T>;
+    T* const deltas = w.delta + u * kBlockQueries<T> + at * kQueries<T>;
+    Pair<T> s = load_pair(weights), d = load_pair(deltas);
+    if constexpr (!kBounded) s = {s.a - shift.a, s.b - shift.b};
+    const Pair<T> weight = exp2_pair<kBounded>(s);
+    d.a = limit.template allow<kMask>(j + u, 0, (d.a - drift.a) * weight.a);
+    d.b = limit.template allow<kMask>(j + u, 1, (d.b - drift.b) * weight.b);
+    store_pair(weights, weight);
+    store_pair(deltas, d);
     if constexpr (kScore != Score::dot) {
-      T* column = w.column + (j + u) * kL;
-      store(column, load(column) + (s.at[u][0] + s.at[u][1]));
+      T* column = w.column + (j + u) * kLanes<T>;
+      store(column, load(column) + (d.a + d.b));
     }
-    if constexpr (kScore != Score::dot || !kBounded) {
-      t.row.a += s.at[u][0];
-      t.row.b += s.at[u][1];
-    }
+    if constexpr (kScore != Score::dot || !kBounded) row = {row.a + d.a, row.b + d.b};
     if constexpr (kMoment) {
-      const Vec<T> sa = load(w.score + u * kQ), sb = load(w.score + u * kQ + kL);
-      const Vec<T> wa = load(w.weight + u * kQ) * sa, wb = load(w.weight + u * kQ + kL) * sb;
-      t.moment.a += s.at[u][0] * sa;  // a masked delta is zero
-      t.moment.b += s.at[u][1] * sb;
-      t.mean.a += kMasked ? (limit.allowed(j, u, 0) ? wa : Vec<T>{}) : wa;
-      t.mean.b += kMasked ? (limit.allowed(j, u, 1) ? wb : Vec<T>{}) : wb;
+      s = {maximum(s.a, lowest<T>()), maximum(s.b, lowest<T>())};  // finite: 0 * lowest is 0
+      moment = {moment.a + d.a * s.a, moment.b + d.b * s.b};       // a masked delta is zero
+      mean.a += limit.template allow<kMask>(j + u, 0, weight.a * s.a);
+      mean.b += limit.template allow<kMask>(j + u, 1, weight.b * s.b);
     }
   }
-  accumulate<kMask == Mask::ragged, T>(w.dq, k, w.D, s, limit, j);
+  t.row = row, t.moment = moment, t.mean = mean;
+}
+
+// Whole groups of `keys` <= kBlockKeys keys from j on, against the block's tiles; where the mask is ragged, one group
+// against one tile.
+template <Score kScore, bool kBounded, Mask kMask, bool kMoment, class T>
+void add_keys(Workspace<T>& w, Tile<T>* tiles, int64_t count, const Limits<T>& limit, int64_t j, int64_t keys) {
+  constexpr int kQ = kQueries<T>, kRow = kBlockQueries<T>;
+  for (int64_t at = 0; at * kQ < count; at++)
+    store_scores<kScore, kRow, T>(w.weight + at * kQ, w.q + at * kQ * w.D, w.keys + j * w.D, w.bias + j, w.D, keys);
+  for (int64_t at = 0; at * kQ < count; at++)
+    store_scores<Score::dot, kRow, T>(w.delta + at * kQ, w.g + at * kQ * w.E, w.values + j * w.E, nullptr, w.E, keys);
+  for (int64_t at = 0; at * kQ < count; at++)
+    form_deltas<kScore, kBounded, kMask, kMoment>(w, tiles[at], limit, at, j, keys);
   T *dk = w.dk + j * w.Dp, *dv = w.dv + j * w.Ep;
   if constexpr (kMask != Mask::ragged) {
-    rank_update<kKeys, T>(dv, w.weight, w.g_rows, w.Ep, 0, t.count);
-    rank_update<kKeys, T>(dk, w.delta, w.q_rows, w.Dp, 0, t.count);
+    for (int64_t at = 0; at * kQ < count; at++)
+      accumulate<kRow, T>(w.dq + at * kQ * w.D, w.keys + j * w.D, w.D, w.delta + at * kQ, keys);
+    rank_updates<kKeys, T>(dv, w.weight, w.g_rows, w.Ep, keys, 0, count);
+    rank_updates<kKeys, T>(dk, w.delta, w.q_rows, w.Dp, keys, 0, count);
   } else {
+    accumulate_ragged<kRow, T>(w.dq, w.keys + j * w.D, w.D, w.delta, limit, j);
     for (int u = 0; u < kKeys; u++) {
       int64_t i = 0;  // limits grow with the query: the first one that sees the key
-      while (i < t.count && limit.of[i] <= T(j + u)) i++;
-      rank_update<1, T>(dv + u * w.Ep, w.weight + u * kQ, w.g_rows, w.Ep, i, t.count);
-      rank_update<1, T>(dk + u * w.Dp, w.delta + u * kQ, w.q_rows, w.Dp, i, t.count);
+      while (i < count && limit.of[i] <= T(j + u)) i++;
+      if (i == count) continue;
+      rank_updates<1, T>(dv + u * w.Ep, w.weight + u * kBlockQueries<T>, w.g_rows, w.Ep, 1, i, count);
+      rank_updates<1, T>(dk + u * w.Dp, w.delta + u * kBlockQueries<T>, w.q_rows, w.Dp, 1, i, count);
     }
   }
 }
 
 template <Score kScore, bool kBounded, bool kMoment, class T>
-void add_groups(Workspace<T>& w, Tile<T>& tile, const Limits<T>& limit) {
-  Tile<T> t = tile;
-  int64_t j = 0;
-  for (; j + kKeys <= limit.least; j += kKeys) add_group<kScore, kBounded, Mask::none, kMoment>(w, t, limit, j);
-  if (limit.all && j < limit.most) {
-    add_group<kScore, kBounded, Mask::tail, kMoment>(w, t, limit, j);
-    j += kKeys;
-  }
-  for (; j < limit.most; j += kKeys) add_group<kScore, kBounded, Mask::ragged, kMoment>(w, t, limit, j);
-  tile = t;
+void add_blocks(Workspace<T>& w, Tile<T>* tiles, int64_t count, const Limits<T>& limit) {
+  for_key_blocks(limit, kBlockKeys, [&]<Mask kMask>(int64_t j, int64_t keys) {
+    add_keys<kScore, kBounded, kMask, kMoment>(w, tiles, count, limit, j, keys);
+  });
 }
 
 // rows[i][f] = lanes[f][i], padded with zeros.
@@ -166,37 +180,38 @@ void lanes_to_rows(const T* lanes, int64_t width, int64_t padded, int64_t count,
     for (int64_t f = width; f < padded; f++) rows[i * padded + f] = 0;
 }
 
-// Packs a tile: queries, doutput over the row's sum, and the drift.
+// Packs tile `at` of a block: queries, doutput over the row's sum, and the drift.
 template <class T>
 Tile<T> pack_tile(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale, const T* centre, int64_t b,
-                  int64_t h, int64_t first, int64_t count) {
+                  int64_t h, int64_t at, int64_t first, int64_t count) {
   constexpr int kQ = kQueries<T>;
+  T *const q = w.q + at * kQ * w.D, *const g = w.g + at * kQ * w.E;
   const int64_t row = (b * p.heads + h) * p.queries + first;
   alignas(64) T shift[kQ] = {}, inverse[kQ] = {}, near[kQ];
-  read_lanes<T>(p, p.query, b, h, nullptr, first, count, w.D, w.q);
-  finish_queries<T>(scale, query_centre(p, centre), count, w.D, w.q);
-  read_lanes<T>(p, p.doutput, b, h, nullptr, first, count, w.E, w.g);
+  read_lanes<T>(p, p.query, b, h, nullptr, first, count, w.D, q);
+  finish_queries<T>(scale, query_centre(p, centre), count, w.D, q);
+  read_lanes<T>(p, p.doutput, b, h, nullptr, first, count, w.E, g);
   for (int64_t i = 0; i < count; i++) {
     const T sum = static_cast<const T*>(p.sum)[row + i];
     shift[i] = static_cast<const T*>(p.shift)[row + i];
     inverse[i] = sum == 0 ? T(0) : 1 / sum;
   }
-  scale_rows<T>(w.g, w.E, load_pair(inverse));
+  scale_rows<T>(g, w.E, load_pair(inverse));
   Tile<T> tile{};
   if (p.normalize) {
     read_lanes<T>(p, p.output, b, h, nullptr, first, count, w.E, w.o);
     for (int64_t e = 0; e < w.E; e++) {
-      const Pair<T> g = load_pair(w.g + e * kQ), o = load_pair(w.o + e * kQ);
-      tile.drift.a += g.a * o.a;
-      tile.drift.b += g.b * o.b;
+      const Pair<T> x = load_pair(g + e * kQ), y = load_pair(w.o + e * kQ);
+      tile.drift.a += x.a * y.a;
+      tile.drift.b += x.b * y.b;
     }
   }
-  lanes_to_rows<T>(w.q, w.D, w.Dp, count, w.q_rows);
-  lanes_to_rows<T>(w.g, w.E, w.Ep, count, w.g_rows);
-  memset(w.dq, 0, w.D * kQ * sizeof(T));
+  lanes_to_rows<T>(q, w.D, w.Dp, count, w.q_rows + at * kQ * w.Dp);
+  lanes_to_rows<T>(g, w.E, w.Ep, count, w.g_rows + at * kQ * w.Ep);
+  memset(w.dq + at * kQ * w.D, 0, w.D * kQ * sizeof(T));
   tile.shift = load_pair(shift);
   tile.count = count;
-  tile.bounded = p.normalize && safe_exponents<T>(p, scale, w.q, static_cast<const T*>(p.radius)[b * p.heads + h]);
+  tile.bounded = p.normalize && safe_exponents<T>(p, scale, q, static_cast<const T*>(p.radius)[b * p.heads + h]);
   for (int i = 0; i < kQ; i++) tile.bounded = tile.bounded && shift[i] == 0;
   tile.anchored = p.anchor.data && !tile.bounded && anchored<T>(p, b * p.heads + h, first, count);
   // Unnormalised, sum_j delta_ij is no error and q_i belongs there. Else q_i is nearer to the keys that matter than their
@@ -209,12 +224,13 @@ Tile<T> pack_tile(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& sca
 
 template <class T>
 void write_dquery(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& scale, const T* centre, const Tile<T>& tile,
-                  int64_t part, int64_t b, int64_t h, int64_t first) {
+                  int64_t part, int64_t b, int64_t h, int64_t at, int64_t first) {
   constexpr int kQ = kQueries<T>;
+  T *const q = w.q + at * kQ * w.D, *const dq = w.dq + at * kQ * w.D;
   if (tile.anchored) read_lanes<T>(p, p.anchor, b, h, nullptr, first, tile.count, w.D, w.anchor);
   const Pair<T> row = tile.row, near{row.a * tile.near.a, row.b * tile.near.b};
   for (int64_t d = 0; d < w.D; d++) {
-    Pair<T> x = load_pair(w.dq + d * kQ);
+    Pair<T> x = load_pair(dq + d * kQ);
     if (tile.anchored) {
       const Pair<T> anchor = load_pair(w.anchor + d * kQ);
       const Vec<T> c = broadcast(centre ? centre[d] : T(0));
@@ -222,15 +238,15 @@ void write_dquery(const NonlocalParams& p, Workspace<T>& w, const Scales<T>& sca
       x.b -= row.b * (anchor.b - c);
     }
     const Vec<T> of_sum = broadcast(scale.dquery), of_row = broadcast(scale.dquery_row);
-    const Pair<T> q = load_pair(w.q + d * kQ);
+    const Pair<T> own = load_pair(q + d * kQ);
     x = {x.a * of_sum, x.b * of_sum};
-    if (scale.dquery_row != 0) x = {x.a - of_row * near.a * q.a, x.b - of_row * near.b * q.b};
-    store_pair(w.dq + d * kQ, x);
+    if (scale.dquery_row != 0) x = {x.a - of_row * near.a * own.a, x.b - of_row * near.b * own.b};
+    store_pair(dq + d * kQ, x);
   }
-  if (p.parts == 1) return write_lanes<T>(p, p.dquery, b, h, nullptr, first, tile.count, w.D, w.dq);
+  if (p.parts == 1) return write_lanes<T>(p, p.dquery, b, h, nullptr, first, tile.count, w.D, dq);
   T* to = static_cast<T*>(p.dquery_parts) +
           (((part * p.batch + b) * p.heads + h) * p.queries + first) * w.D;
-  transpose_block<false, T>(w.dq, kQ, w.D, tile.count, to, w.D);
+  transpose_block<false, T>(dq, kQ, w.D, tile.count, to, w.D);
 }
 
 template <class T>
@@ -271,6 +287,8 @@ void write_moments(const NonlocalParams& p, const Tile<T>& tile, int64_t part, i
 
 template <Score kScore, bool kMoment, class T>
 void run_parts(const NonlocalParams& p, int64_t begin, int64_t end) {
+  constexpr int kQ = kQueries<T>;
+  const int64_t block = p.causal ? kQ : kBlockQueries<T>;  // queries that all see the same keys, but for causality
   Workspace<T> w(p);
   for (int64_t task = begin; task < end; task++) {
     const int64_t part = task % p.parts, bh = task / p.parts, b = bh / p.heads, h = bh % p.heads;
@@ -285,16 +303,21 @@ void run_parts(const NonlocalParams& p, int64_t begin, int64_t end) {
     memset(w.dk, 0, rows * w.Dp * sizeof(T));
     memset(w.dv, 0, rows * w.Ep * sizeof(T));
     memset(w.column, 0, rows * kLanes<T> * sizeof(T));
-    for (int64_t query = 0; query < p.queries; query += kQueries<T>) {
-      const int64_t n = smaller(kQueries<T>, p.queries - query);
-      const Limits<T> limit = limits<T>(p, b, query, n, first, count);
-      Tile<T> tile = pack_tile<T>(p, w, scale, centre, b, h, query, n);
-      if (kScore != Score::distance && tile.bounded)
-        add_groups<kScore, kScore != Score::distance, kMoment>(w, tile, limit);
-      else
-        add_groups<kScore, false, kMoment>(w, tile, limit);
-      write_dquery(p, w, scale, centre, tile, part, b, h, query);
-      if constexpr (kMoment) write_moments(p, tile, part, bh, query);
+    for (int64_t query = 0; query < p.queries; query += block) {
+      const int64_t n = smaller(block, p.queries - query);
+      const Limits<T> limit = limits<T>(p, b, query, smaller(kQ, n), first, count);
+      Tile<T> tiles[kTiles];
+      bool bounded = kScore != Score::distance;
+      for (int64_t at = 0, i = 0; i < n; at++, i += kQ) {
+        tiles[at] = pack_tile<T>(p, w, scale, centre, b, h, at, query + i, smaller(kQ, n - i));
+        bounded = bounded && tiles[at].bounded;
+      }
+      if (bounded) add_blocks<kScore, kScore != Score::distance, kMoment>(w, tiles, n, limit);
+      else add_blocks<kScore, false, kMoment>(w, tiles, n, limit);
+      for (int64_t at = 0, i = 0; i < n; at++, i += kQ) {
+        write_dquery(p, w, scale, centre, tiles[at], part, b, h, at, query + i);
+        if constexpr (kMoment) write_moments(p, tiles[at], part, bh, query + i);
+      }
     }
     write_part(p, w, scale, b, h, first, count);
   }

@@ -5,10 +5,14 @@
 namespace dnl::DNL_ISA {
 namespace {
 
+// Keys whose weights are formed before they meet the values; whole groups for every vector length.
+constexpr int64_t kBlockKeys = 192;
+
 template <class T>
 struct Tile {
   const T* q;     // [D][kQueries]
   T* out;         // [E][kQueries]
+  T* weight;      // [kBlockKeys][kQueries]
   Pair<T> shift;  // of the exponents
   Pair<T> sum;    // of the weights
 };
@@ -16,64 +20,63 @@ struct Tile {
 // Exponents are bounded (safe_exponents), taken as they are (unnormalised), or shifted by the maximum so far.
 enum class Exponents { bounded, plain, online };
 
+// Raises the tile's shift to the maximum of `keys` scores more, and rescales what was summed with the former one.
+template <Mask kMask, class T>
+void raise_shift(Tile<T>& t, int64_t value_width, const Limits<T>& limit, int64_t j, int64_t keys) {
+  Pair<T> top = t.shift;
+  for (int64_t u = 0; u < keys; u++) {
+    const Pair<T> s = load_pair(t.weight + u * kQueries<T>);
+    const Pair<T> higher{maximum(s.a, top.a), maximum(s.b, top.b)};
+    if constexpr (kMask == Mask::none)
+      top = higher;
+    else
+      top = {limit.allowed(j + u, 0) ? higher.a : top.a, limit.allowed(j + u, 1) ? higher.b : top.b};
+  }
+  if (!any_greater<T>(top.a, t.shift.a) && !any_greater<T>(top.b, t.shift.b)) return;
+  const Pair<T> factor = exp2_pair<false>(Pair<T>{t.shift.a - top.a, t.shift.b - top.b});
+  t.sum = {t.sum.a * factor.a, t.sum.b * factor.b};
+  scale_rows<T>(t.out, value_width, factor);
+  t.shift = top;
+}
+
+// weight = 2^(score - shift) of `keys` keys, in place, and their sum.
+template <Exponents kExponents, Mask kMask, class T>
+void form_weights(Tile<T>& t, const Limits<T>& limit, int64_t j, int64_t keys) {
+  constexpr bool kBounded = kExponents == Exponents::bounded;
+  const Pair<T> shift = t.shift;
+  Pair<T> sum = t.sum;
+  T* weight = t.weight;
+  for (int64_t u = 0; u < keys; u++, weight += kQueries<T>) {
+    Pair<T> x = load_pair(weight);
+    if constexpr (kExponents == Exponents::online) x = {x.a - shift.a, x.b - shift.b};
+    x = exp2_pair<kBounded>(x);
+    x = {limit.template allow<kMask>(j + u, 0, x.a), limit.template allow<kMask>(j + u, 1, x.b)};
+    store_pair(weight, x);
+    sum = {sum.a + x.a, sum.b + x.b};
+    DNL_IN_REGISTER(sum.a);
+    DNL_IN_REGISTER(sum.b);
+  }
+  t.sum = sum;
+}
+
 template <Score kScore, Exponents kExponents, Mask kMask, class T>
-DNL_INLINE void add_group(Tile<T>& t, const T* k, const T* v, const T* bias, int64_t width, int64_t value_width,
-                          const Limits<T>& limit, int64_t j) {
-  constexpr bool kMasked = kMask != Mask::none;
-  constexpr bool kOnline = kExponents == Exponents::online, kBounded = kExponents == Exponents::bounded;
-  Scores<T> s;
-  form_scores<kScore>(s, t.q, k, bias, width);
-  if constexpr (kOnline) {
-    Pair<T> top = t.shift;
-#pragma GCC unroll 8
-    for (int u = 0; u < kKeys; u++) {
-      if constexpr (kMasked) {
-        top.a = limit.allowed(j, u, 0) ? maximum(s.at[u][0], top.a) : top.a;
-        top.b = limit.allowed(j, u, 1) ? maximum(s.at[u][1], top.b) : top.b;
-      } else {
-        top.a = maximum(s.at[u][0], top.a);
-        top.b = maximum(s.at[u][1], top.b);
-      }
-    }
-    if (any_greater<T>(top.a, t.shift.a) || any_greater<T>(top.b, t.shift.b)) {
-      const Vec<T> ca = exp2<T>(t.shift.a - top.a), cb = exp2<T>(t.shift.b - top.b);
-      t.sum.a *= ca;
-      t.sum.b *= cb;
-      scale_rows<T>(t.out, value_width, {ca, cb});
-      t.shift = top;
-    }
-  }
-#pragma GCC unroll 8
-  for (int u = 0; u < kKeys; u++) {
-    s.at[u][0] = exp2<T, kBounded>(kOnline ? s.at[u][0] - t.shift.a : s.at[u][0]);
-    s.at[u][1] = exp2<T, kBounded>(kOnline ? s.at[u][1] - t.shift.b : s.at[u][1]);
-    if constexpr (kMasked) {
-      s.at[u][0] = limit.allowed(j, u, 0) ? s.at[u][0] : Vec<T>{};
-      s.at[u][1] = limit.allowed(j, u, 1) ? s.at[u][1] : Vec<T>{};
-    }
-    t.sum.a += s.at[u][0];
-    t.sum.b += s.at[u][1];
-  }
-  accumulate<kMask == Mask::ragged>(t.out, v, value_width, s, limit, j);
+DNL_INLINE void add_keys(Tile<T>& t, const T* k, const T* v, const T* bias, int64_t width, int64_t value_width,
+                         const Limits<T>& limit, int64_t j, int64_t keys) {
+  constexpr int kQ = kQueries<T>;
+  store_scores<kScore, kQ, T>(t.weight, t.q, k, bias, width, keys);
+  if constexpr (kExponents == Exponents::online) raise_shift<kMask>(t, value_width, limit, j, keys);
+  form_weights<kExponents, kMask>(t, limit, j, keys);
+  if constexpr (kMask == Mask::ragged) accumulate_ragged<kQ>(t.out, v, value_width, t.weight, limit, j);
+  else accumulate<kQ>(t.out, v, value_width, t.weight, keys);
 }
 
 template <Score kScore, Exponents kExponents, class T>
-void add_groups(Tile<T>& tile, const T* k, const T* v, const T* bias, int64_t width, int64_t value_width,
+void add_blocks(Tile<T>& t, const T* k, const T* v, const T* bias, int64_t width, int64_t value_width,
                 const Limits<T>& limit) {
-  Tile<T> t = tile;
-  int64_t j = 0;
-  for (; j + kKeys <= limit.least; j += kKeys)
-    add_group<kScore, kExponents, Mask::none>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit,
-                                              j);
-  if (limit.all && j < limit.most) {
-    add_group<kScore, kExponents, Mask::tail>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit,
-                                              j);
-    j += kKeys;
-  }
-  for (; j < limit.most; j += kKeys)
-    add_group<kScore, kExponents, Mask::ragged>(t, k + j * width, v + j * value_width, bias + j, width, value_width,
-                                                limit, j);
-  tile = t;
+  for_key_blocks(limit, kBlockKeys, [&]<Mask kMask>(int64_t j, int64_t keys) {
+    add_keys<kScore, kExponents, kMask>(t, k + j * width, v + j * value_width, bias + j, width, value_width, limit, j,
+                                        keys);
+  });
 }
 
 template <Score kScore, class T>
@@ -81,7 +84,8 @@ void run_tiles(const NonlocalParams& p, int64_t begin, int64_t end) {
   constexpr int kQ = kQueries<T>;
   const int64_t D = p.width, E = p.value_width, N = p.queries;
   const int64_t tiles = (N + kQ - 1) / kQ, padded = round_up(p.keys, kKeys);
-  Buffer<T> keys(padded * D), values(padded * E), bias(padded), q(D * kQ), out(E * kQ);
+  Buffer<T> keys(padded * D), values(padded * E), bias(padded), q(D * kQ), out(E * kQ),
+      weight(kBlockKeys * kQ);
   Scales<T> scale{};
   int64_t packed = -1, count = 0;
   for (int64_t task = begin; task < end; task++) {
@@ -101,17 +105,17 @@ void run_tiles(const NonlocalParams& p, int64_t begin, int64_t end) {
     finish_queries<T>(scale, query_centre(p, centre), n, D, q);
     memset(out, 0, E * kQ * sizeof(T));
     const Limits<T> limit = limits<T>(p, b, first, n, 0, count);
-    Tile<T> tile{q, out, {}, {}};
+    Tile<T> tile{q, out, weight, {}, {}};
     if constexpr (kScore != Score::distance) {
       if (p.normalize && safe_exponents<T>(p, scale, q, static_cast<const T*>(p.radius)[bh])) {
-        add_groups<kScore, Exponents::bounded, T>(tile, keys, values, bias, D, E, limit);
+        add_blocks<kScore, Exponents::bounded, T>(tile, keys, values, bias, D, E, limit);
       } else if (p.normalize) {
         tile.shift = {lowest<T>(), lowest<T>()};
-        add_groups<kScore, Exponents::online, T>(tile, keys, values, bias, D, E, limit);
+        add_blocks<kScore, Exponents::online, T>(tile, keys, values, bias, D, E, limit);
       }
     }
     if (!p.normalize) {
-      if constexpr (kScore != Score::dot_bias) add_groups<kScore, Exponents::plain, T>(tile, keys, values, bias, D, E, limit);
+      if constexpr (kScore != Score::dot_bias) add_blocks<kScore, Exponents::plain, T>(tile, keys, values, bias, D, E, limit);
     }
     alignas(64) T shift[kQ], sum[kQ];
     store_pair(shift, tile.shift);

@@ -36,6 +36,12 @@ DNL_INLINE void store_pair(T* row, Pair<T> x) {
   store(row, x.a);
   store(row + kLanes<T>, x.b);
 }
+template <bool kBounded, class T>
+DNL_INLINE Pair<T> exp2_pair(Pair<T> x) {
+  Vec<T> both[2] = {x.a, x.b};
+  exp2<T, kBounded>(both);
+  return {both[0], both[1]};
+}
 // rows[f] *= x, of [width][kQueries].
 template <class T>
 DNL_INLINE void scale_rows(T* rows, int64_t width, Pair<T> x) {
@@ -131,6 +137,14 @@ DNL_INLINE void transpose_block(const T* from, int64_t from_stride, int64_t rows
     }
 }
 
+// Asks for the rows that will be read next: in strips of features they are too far apart for the processor to foresee.
+// Addresses behind the tensor do no harm.
+template <class Element>
+DNL_INLINE void prefetch_rows(const Element* from, int64_t stride, int64_t rows, int64_t width) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t f = 0; f < width; f += 64 / sizeof(Element)) __builtin_prefetch(from + i * stride + f);
+}
+
 // Up to kQueries positions of t into lanes [width][kQueries]: from `first` on, or those that `index` lists. The other
 // lanes are zero.
 template <class T>
@@ -142,6 +156,7 @@ void read_lanes(const NonlocalParams& p, const NonlocalTensor& t, int64_t b, int
   with_storage(p.storage, t.data, [&]<class Element>(const Element* data) {
     const Element* from = data + offset;
     if (t.feature == 1) {
+      if (!index) prefetch_rows(from + (first + count) * t.position, t.position, count, width);
       T rows[kQ * kLanes<T>];  // a strip of features
       for (int64_t f = 0; f < width; f += kLanes<T>) {
         const int64_t features = smaller(kLanes<T>, width - f);
@@ -329,9 +344,13 @@ struct Limits {
   int64_t least, most;
   bool all;  // every query sees every key
 
-  // Bit masks of the queries that see key `u` of the group at `j`.
-  DNL_INLINE auto allowed(int64_t j, int u, int w) const {
-    return broadcast(T(j + u)) < load(of + w * kLanes<T>);
+  // Bit masks of the queries that see key j, in the tile's first or second vector.
+  DNL_INLINE auto allowed(int64_t j, int vector) const { return broadcast(T(j)) < load(of + vector * kLanes<T>); }
+  // x, zero where a mask keeps the query from key j.
+  template <Mask kMask>
+  DNL_INLINE Vec<T> allow(int64_t j, int vector, Vec<T> x) const {
+    if constexpr (kMask == Mask::none) return x;
+    return allowed(j, vector) ? x : Vec<T>{};
   }
 };
 
@@ -401,50 +420,128 @@ bool safe_exponents(const NonlocalParams& p, const Scales<T>& scale, const T* q,
   return safe == kQ;
 }
 
-// s[u] = score of the tile's queries with key u of a group.
-template <Score kScore, class T>
-DNL_INLINE void form_scores(Scores<T>& s, const T* q, const T* k, const T* bias, int64_t width) {
+// One feature's share of the scores; the first one sets them. A bias comes first: where q is near k it has the other
+// sign, and the sums stay small.
+template <Score kScore, bool kFirst, class T>
+DNL_INLINE void add_feature(Scores<T>& s, const T* q, const T* k, const T* bias) {
+  const Pair<T> x = load_pair(q);
 #pragma GCC unroll 8
   for (int u = 0; u < kKeys; u++) {
-    s.at[u][0] = kScore == Score::dot_bias ? broadcast(bias[u]) : Vec<T>{};
-    s.at[u][1] = s.at[u][0];
-  }
-  for (int64_t d = 0; d < width; d++) {
-    const Vec<T> a = load(q + d * kQueries<T>), b = load(q + d * kQueries<T> + kLanes<T>);
-#pragma GCC unroll 8
-    for (int u = 0; u < kKeys; u++) {
-      const Vec<T> kk = broadcast(k[d * kKeys + u]);
-      if constexpr (kScore == Score::distance) {
-        s.at[u][0] -= (a - kk) * (a - kk);
-        s.at[u][1] -= (b - kk) * (b - kk);
-      } else {
-        s.at[u][0] += a * kk;
-        s.at[u][1] += b * kk;
-      }
+    const Vec<T> y = broadcast(k[u]);
+    const Vec<T> a = kScore == Score::distance ? -(x.a - y) * (x.a - y) : x.a * y;
+    const Vec<T> b = kScore == Score::distance ? -(x.b - y) * (x.b - y) : x.b * y;
+    if constexpr (kFirst && kScore != Score::dot_bias) {
+      s.at[u][0] = a;
+      s.at[u][1] = b;
+    } else {
+      s.at[u][0] = (kFirst ? broadcast(bias[u]) : s.at[u][0]) + a;
+      s.at[u][1] = (kFirst ? broadcast(bias[u]) : s.at[u][1]) + b;
     }
   }
 }
 
-// out[f] += sum_u s[u] * panel[f][u]. Where a query does not see a key, not even a NaN of the key reaches it.
-template <bool kMasked, class T>
-DNL_INLINE void accumulate(T* out, const T* panel, int64_t width, const Scores<T>& s, const Limits<T>& limit, int64_t j) {
+// s[u] = score of the tile's queries with key u of a group. With sums that start from a product instead of zero, and
+// two features a turn, a group overlaps better with the one before.
+template <Score kScore, class T>
+DNL_INLINE void form_scores(Scores<T>& s, const T* q, const T* k, const T* bias, int64_t width) {
+  constexpr int kQ = kQueries<T>;
+  add_feature<kScore, true>(s, q, k, bias);
+  int64_t d = 1;
+  if (width % 2 == 0) add_feature<kScore, false>(s, q + kQ, k + kKeys, bias), d = 2;
+  for (; d < width; d += 2) {
+    add_feature<kScore, false>(s, q + d * kQ, k + d * kKeys, bias);
+    add_feature<kScore, false>(s, q + (d + 1) * kQ, k + (d + 1) * kKeys, bias);
+  }
+}
+
+// ---- Blocks: a tile against many keys, with weights in rows [key][kRow] --------------------------------------------
+
+// to[u] = score of the tile's queries with key u of `keys`, whole groups.
+template <Score kScore, int kRow, class T>
+void store_scores(T* to, const T* q, const T* k, const T* bias, int64_t width, int64_t keys) {
+  for (int64_t j = 0; j < keys; j += kKeys) {
+    Scores<T> s;
+    form_scores<kScore>(s, q, k + j * width, bias + j, width);
+#pragma GCC unroll 8
+    for (int u = 0; u < kKeys; u++) store_pair<T>(to + (j + u) * kRow, {s.at[u][0], s.at[u][1]});
+  }
+}
+
+// out[f] += sum_j s[j] * panels[f][j] for kFeatures features and `keys` > 0 keys, whole groups.
+template <int kFeatures, int kRow, class T>
+void accumulate_features(T* out, const T* panels, int64_t width, const T* s, int64_t keys) {
+  Pair<T> sum[kFeatures];
+#pragma GCC unroll 8
+  for (int f = 0; f < kFeatures; f++) sum[f] = load_pair(out + f * kQueries<T>);
+  int64_t j = 0;
+  do {
+#pragma GCC unroll 8
+    for (int u = 0; u < kKeys; u++, s += kRow) {
+      const Pair<T> x = load_pair(s);
+#pragma GCC unroll 8
+      for (int f = 0; f < kFeatures; f++) {
+        const Vec<T> y = broadcast(panels[f * kKeys + u]);
+        sum[f].a += x.a * y;
+        sum[f].b += x.b * y;
+      }
+    }
+    panels += width * kKeys;
+  } while ((j += kKeys) < keys);
+#pragma GCC unroll 8
+  for (int f = 0; f < kFeatures; f++) store_pair(out + f * kQueries<T>, sum[f]);
+}
+
+// The same for 0 < features <= kMost.
+template <int kMost, int kRow, class T>
+DNL_INLINE void accumulate_part(int64_t features, T* out, const T* panels, int64_t width, const T* s, int64_t keys) {
+  if (features == kMost) return accumulate_features<kMost, kRow>(out, panels, width, s, keys);
+  if constexpr (kMost > 1) accumulate_part<kMost - 1, kRow>(features, out, panels, width, s, keys);
+}
+
+// The same for all features, in parts that differ by one at most: kKeys features have as many sums as a group scores.
+template <int kRow, class T>
+DNL_INLINE void accumulate(T* out, const T* panels, int64_t width, const T* s, int64_t keys) {
+  int64_t f = 0;
+  for (int64_t parts = (width + kKeys - 1) / kKeys; parts > 0; parts--) {
+    const int64_t features = (width - f + parts - 1) / parts;
+    accumulate_part<kKeys, kRow>(features, out + f * kQueries<T>, panels + f * kKeys, width, s, keys);
+    f += features;
+  }
+}
+
+// The same for one group of which queries see different keys: not even a NaN of a key reaches those that do not.
+template <int kRow, class T>
+DNL_INLINE void accumulate_ragged(T* out, const T* panel, int64_t width, const T* s, const Limits<T>& limit,
+                                  int64_t j) {
   for (int64_t f = 0; f < width; f++) {
     T* o = out + f * kQueries<T>;
-    Vec<T> a = load(o), b = load(o + kLanes<T>);
+    Pair<T> sum = load_pair(o);
 #pragma GCC unroll 8
     for (int u = 0; u < kKeys; u++) {
       const Vec<T> x = broadcast(panel[f * kKeys + u]);
-      if constexpr (kMasked) {
-        a = limit.allowed(j, u, 0) ? a + s.at[u][0] * x : a;
-        b = limit.allowed(j, u, 1) ? b + s.at[u][1] * x : b;
-      } else {
-        a += s.at[u][0] * x;
-        b += s.at[u][1] * x;
-      }
+      const Pair<T> y = load_pair(s + u * kRow);
+      sum.a = limit.allowed(j + u, 0) ? sum.a + y.a * x : sum.a;
+      sum.b = limit.allowed(j + u, 1) ? sum.b + y.b * x : sum.b;
     }
-    store(o, a);
-    store(o + kLanes<T>, b);
+    store_pair(o, sum);
   }
+}
+
+// The keys that some query of a tile sees: blocks of at most `block` keys that all of them see, then single groups.
+// body.operator()<mask>(j, keys).
+template <class T, class Body>
+DNL_INLINE void for_key_blocks(const Limits<T>& limit, int64_t block, Body body) {
+  int64_t j = 0;
+  for (const int64_t whole = limit.least / kKeys * kKeys; j < whole;) {
+    const int64_t keys = smaller(block, whole - j);
+    body.template operator()<Mask::none>(j, keys);
+    j += keys;
+  }
+  if (limit.all && j < limit.most) {
+    body.template operator()<Mask::tail>(j, kKeys);
+    j += kKeys;
+  }
+  for (; j < limit.most; j += kKeys) body.template operator()<Mask::ragged>(j, kKeys);
 }
 
 }  // namespace
