@@ -174,8 +174,8 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
       T *products = slopes + kConvGroup * f.length(), *gradients = products + kConvGroup * f.length();
       if (!p.in_place && !plain) fill_mask(tile, mask);
       const Planes<const T> dy_tile = at(dy, tile.image, 0);
-      // A copy even where they could be read in place: every group of channels reads all of them, and planes that lie a
-      // multiple of 4 KiB apart displace each other from the first-level cache.
+      // A copy even where they could be read in place: every group of channels reads all of them, and planes are often a
+      // multiple of 4 KiB apart, which are in one set of the first-level cache.
       DNL_ISA_CALL(load_planes<T>(tile, dy_tile, p.outputs, none, none, Activation::identity, gradients));
       const Stack<const T> grad{gradients, f.length()};
       for (int64_t o = 0; g.bias && o < p.outputs; o++)

@@ -273,6 +273,7 @@ std::tuple<Tensor, Tensor, Tensor> dnl_layer_attend(
     const T* b_in = maps.biased ? bias.data() : nullptr;
     const T* b_out = data_or_null<T>(maps.output_bias);
     groups.for_each([&](int64_t, const Group& g) {
+      // Held while the attention's tasks run, which take none.
       Scratch scratch(Scratch::bytes<T>((std::max(G, maps.outputs) + maps.rows + E) * length));
       const Stack<T> source{scratch.take<T>((std::max(G, maps.outputs) + maps.rows + E) * length), length};
       const Stack<T> products = source.plane(std::max(G, maps.outputs)), found = products.plane(maps.rows);
@@ -341,6 +342,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dnl
     std::vector<double> sums(chunks * (R + O));
     const int64_t planes = O + E + G + R + E + 2 * D + E + std::max(G, D);
     groups.for_each([&](int64_t chunk, const Group& g) {
+      // Held while the attention's tasks run, which take none.
       Scratch scratch(Scratch::bytes<T>(planes * length));
       const Stack<T> given{scratch.take<T>(planes * length), length};
       const Stack<T> found = given.plane(O), source = found.plane(E), products = source.plane(G);
