@@ -86,7 +86,8 @@ def test_compile_fullgraph_forward_and_backward(op):
 def test_dynamic_batch_compiles_once(op):
     counter = CompileCounter()
     compiled = torch.compile(op.call, fullgraph=True, dynamic=True, backend=counter)
-    for batch in (3, 4, 7):
+    # No other size of these operators: Dynamo takes sizes that are equal at first for one and the same.
+    for batch in (11, 13, 17):
         leaves = [leaf.detach() for leaf in leaves_of(op, torch.float32, batch)]
         torch.testing.assert_close(compiled(*leaves), op.call(*leaves))
     assert counter.frame_count == 1
