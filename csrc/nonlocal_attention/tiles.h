@@ -420,8 +420,8 @@ bool safe_exponents(const NonlocalParams& p, const Scales<T>& scale, const T* q,
   return safe == kQ;
 }
 
-// One feature's share of the scores; the first one sets them. A bias comes first: where q is near k it has the other
-// sign, and the sums stay small.
+// One feature's share of the scores; the first one sets them. A bias comes right after it: where q is near k it has the
+// other sign, and the sums stay small.
 template <Score kScore, bool kFirst, class T>
 DNL_INLINE void add_feature(Scores<T>& s, const T* q, const T* k, const T* bias) {
   const Pair<T> x = load_pair(q);
@@ -430,12 +430,19 @@ DNL_INLINE void add_feature(Scores<T>& s, const T* q, const T* k, const T* bias)
     const Vec<T> y = broadcast(k[u]);
     const Vec<T> a = kScore == Score::distance ? -(x.a - y) * (x.a - y) : x.a * y;
     const Vec<T> b = kScore == Score::distance ? -(x.b - y) * (x.b - y) : x.b * y;
-    if constexpr (kFirst && kScore != Score::dot_bias) {
-      s.at[u][0] = a;
-      s.at[u][1] = b;
+    Vec<T>(&to)[2] = s.at[u];
+    if constexpr (kFirst) {
+      to[0] = a;
+      to[1] = b;
+      DNL_IN_REGISTER(to[0]);  // else they and the bias become a multiply-add, and a Gaussian's forward 8 % slower
+      DNL_IN_REGISTER(to[1]);
+      if constexpr (kScore == Score::dot_bias) {
+        to[0] += broadcast(bias[u]);
+        to[1] += broadcast(bias[u]);
+      }
     } else {
-      s.at[u][0] = (kFirst ? broadcast(bias[u]) : s.at[u][0]) + a;
-      s.at[u][1] = (kFirst ? broadcast(bias[u]) : s.at[u][1]) + b;
+      to[0] += a;
+      to[1] += b;
     }
   }
 }
