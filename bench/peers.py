@@ -58,6 +58,28 @@ class PlainNonLocal2d(nn.Module):
         return x + self.norm(self.out(y))
 
 
+class PlainNormActivation(nn.Module):
+    """BN and ReLU of a NormActivation's parameters."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(x))
+
+
+class PlainTransition(nn.Module):
+    """DenseNet's: the convolution first, then the pooling."""
+
+    def __init__(self, norm: nn.BatchNorm2d, conv: nn.Conv2d):
+        super().__init__()
+        self.norm, self.conv = PlainNormActivation(norm), conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(self.conv(self.norm(x)), 2, ceil_mode=True)
+
+
 class PlainDenseBlock(nn.Module):
     """BN, ReLU, 3x3 convolution of the concatenation, L times."""
 

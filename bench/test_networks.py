@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from bench.comparison import DEVICE, SMOKE, Case, Way, of_module
-from bench.peers import PlainAttentionBlock, PlainDenseBlock, hyper_connections, peer
+from bench.peers import (
+    PlainAttentionBlock,
+    PlainDenseBlock,
+    PlainNormActivation,
+    PlainTransition,
+    hyper_connections,
+    peer,
+)
 from dnl_kernels.nn import DenseSum, DNLBlock, DNLNet, convert_densenet
 
 SECONDS = 1.0
@@ -20,8 +27,11 @@ def loss_way(model: nn.Module, x: torch.Tensor, **options) -> Way:
 
 
 def plain(network: DNLNet) -> DNLNet:
-    """A copy with each dense block in plain torch, and the same weights."""
+    """A copy in plain torch, as a DenseNet is written, with the same weights."""
     twin = copy.deepcopy(network)
+    twin.norm = PlainNormActivation(twin.norm.norm)
+    for i, transition in enumerate(twin.transitions):
+        twin.transitions[i] = PlainTransition(transition.norm.norm, transition.conv)
     for i, block in enumerate(network.blocks):
         config = block.config
         other = PlainDenseBlock(config.in_channels, config.num_layers, config.growth_rate)
