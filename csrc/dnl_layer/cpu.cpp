@@ -109,8 +109,7 @@ struct Groups {
     const auto run = [&](int64_t chunk, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) body(chunk, group(i));
     };
-    if (count() >= static_cast<int64_t>(torch::stable::get_num_threads()))
-      return parallel_chunks(chunks(), count(), run);
+    if (count() >= free_threads()) return parallel_chunks(chunks(), count(), run);
     for (int64_t c = 0; c < chunks(); c++) run(c, c * count() / chunks(), (c + 1) * count() / chunks());
   }
 };
