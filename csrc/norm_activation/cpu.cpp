@@ -15,17 +15,13 @@ struct Shape {
   int64_t batch, channels, height, width, pixels;
 };
 
-bool dense(const Tensor& t) {
-  const int64_t h = t.size(2), w = t.size(3);
-  return (w <= 1 || t.stride(3) == 1) && (h <= 1 || t.stride(2) == w);
-}
-
 // Checked against each other: planes as the loops read and write them, vectors of one number per channel.
 Shape shape_of(const Tensor& x, std::initializer_list<const Tensor*> planes,
                std::initializer_list<const Tensor*> vectors) {
-  DNL_CHECK(x.dim() == 4 && dense(x), "norm_activation: x");
+  DNL_CHECK(x.dim() == 4 && has_dense_planes(x), "norm_activation: x");
   for (const Tensor* t : planes)
-    DNL_CHECK(same_sizes(*t, x) && t->scalar_type() == x.scalar_type() && dense(*t), "norm_activation: planes");
+    DNL_CHECK(same_sizes(*t, x) && t->scalar_type() == x.scalar_type() && has_dense_planes(*t),
+              "norm_activation: planes");
   for (const Tensor* t : vectors)
     DNL_CHECK(t->numel() == x.size(1) && t->scalar_type() == x.scalar_type() && t->is_contiguous(),
               "norm_activation: vector");
@@ -34,7 +30,7 @@ Shape shape_of(const Tensor& x, std::initializer_list<const Tensor*> planes,
 
 // Checked likewise: the result, in planes of the size that pooling leaves, whichever way an odd side is rounded.
 void check_pooled(const Tensor& x, const Tensor& t, bool pool) {
-  DNL_CHECK(t.dim() == 4 && t.scalar_type() == x.scalar_type() && dense(t), "norm_activation: planes");
+  DNL_CHECK(t.dim() == 4 && t.scalar_type() == x.scalar_type() && has_dense_planes(t), "norm_activation: planes");
   for (int64_t d = 0; d < 4; d++)
     DNL_CHECK(pool && d > 1 ? t.size(d) == x.size(d) / 2 || t.size(d) == (x.size(d) + 1) / 2 : t.size(d) == x.size(d),
               "norm_activation: pooled planes");
@@ -102,7 +98,8 @@ void norm_activation_fwd(const Tensor& x, const Tensor& scale, const Tensor& shi
   });
 }
 
-// g = dz * act'(scale * x + shift), dz of every pixel's share where it is pooled: total (+)= scale * g; returns sum g and sum g * (x - mean) of every channel.
+// g = dz * act'(scale * x + shift), dz of every pixel's share where it is pooled: total (+)= scale * g; returns sum g and
+// sum g * (x - mean) of every channel.
 std::tuple<Tensor, Tensor> norm_activation_pull(const Tensor& dz, const Tensor& x, const Tensor& scale,
                                                 const Tensor& shift, const Tensor& mean, std::string activation,
                                                 bool accumulate, Tensor total, bool pool) {
