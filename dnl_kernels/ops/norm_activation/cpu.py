@@ -39,9 +39,10 @@ def norm_activation(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """z = act(weight * (x - mean) / sqrt(var + eps) + bias), pooled or not, and mean and var.
 
-    x: [B, C, H, W], float32 or float64, any strides. weight, bias: [C] or None (1 and 0). mean, var: [C], constants, or
-    both None: those of x, var biased. pool: see the reference. Returns z [B, C, H or H / 2, W or W / 2], differentiable in
-    x, weight and bias to any order, and mean and var [C], which are not. `limit` says what it does not take.
+    x: [B, C, H, W], float32 or float64, any strides. weight, bias: [C] or None (1 and 0). mean, var: [C], constants,
+    or both None: those of x, var biased. pool: see the reference. Returns z [B, C, H or H / 2, W or W / 2],
+    differentiable in x, weight and bias to any order, and mean and var [C], which are not. `limit` says what it does
+    not take.
     """
     return _function(Config(activation, pool, eps, mean is None), x, weight, bias, mean, var)
 
