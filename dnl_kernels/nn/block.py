@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .._activations import activate
 from .._backend import check_backend
 from .._checks import fail
-from ..ops.dnl_block.api import check_config, dnl_block_with_statistics
-from ..ops.dnl_block.config import BlockConfig, LayerParameters, Statistics
+from ..ops.dnl_block.api import check_config
+from ..ops.dnl_block.config import BlockConfig, LayerParameters
+from ..ops.nonlocal_attention.api import nonlocal_attention
+from .layers import CONVOLUTIONS, NORMS, DenseLayer, tensors
+from .plan import Plan
 
 OP = "DNLBlock"
 Connectivity = str | int | Tensor | Sequence[Sequence[bool]]
 
 
 class DNLLayer(nn.Module):
-    """The parameters of one layer of a DNLBlock, which computes with them; calling a layer is an error.
+    """One layer of a DNLBlock: its parameters in ordinary modules of PyTorch, and what they mean.
 
-    What the configuration does not have is None. Each submodule is an ordinary one of PyTorch, so initialisers,
-    weight decay groups and `.eval()` on a normalisation find what they know:
+    The block computes whole runs of layers by one kernel while the submodules are what they were made as. Where one is
+    not (a hook, a wrapper, another class), it calls the layer, which calls its submodules.
 
-    affine: Conv2d or Linear over the channels that the layer reads (None if it reads no state).
+    What the configuration does not have is None:
+
+    affine: convolution or Linear over the channels that the layer reads (None if it reads no state).
     norm: BatchNorm of the states read (preactivation), or of the layer's output.
     inner_norm, inner: the second half of a bottleneck.
     query, key, value, output: Linear; rho [heads]: log of the Gaussian bandwidth.
     skip: A_l and a_l of the input skip.
+    activation, inner_activation: names, or modules where the block was given one.
     """
 
     affine: Any
@@ -41,23 +50,35 @@ class DNLLayer(nn.Module):
     output: Any
     rho: nn.Parameter | None
     skip: Any
+    activation: Any
+    inner_activation: Any
 
-    def __init__(self, config: BlockConfig, layer: int, momentum: float | None, track: bool, projection_bias: bool):
+    def __init__(
+        self,
+        config: BlockConfig,
+        layer: int,
+        momentum: float | None,
+        track: bool,
+        projection_bias: bool,
+        activation: str | nn.Module,
+        dropout: float,
+    ):
         super().__init__()
         shapes = config.shapes(layer)
         tokens = config.affine == "linear"
+        self.config, self.layer, self.dropout = config, layer, dropout
 
         def linear_map(name: str, bias: bool) -> nn.Module | None:
             if (shape := shapes.get(f"{name}_weight")) is None:
                 return None
             if len(shape) == 2:
                 return nn.Linear(shape[1], shape[0], bias)
-            return nn.Conv2d(shape[1], shape[0], shape[2], padding=shape[2] // 2, bias=bias)
+            return CONVOLUTIONS[len(shape) - 2](shape[1], shape[0], shape[2], padding=shape[2] // 2, bias=bias)
 
         def norm(name: str) -> nn.Module | None:
             if (shape := shapes.get(f"{name}_weight")) is None:
                 return None
-            return (nn.BatchNorm1d if tokens else nn.BatchNorm2d)(shape[0], config.eps, momentum, True, track)
+            return NORMS[1 if tokens else config.spatial_dims][0](shape[0], config.eps, momentum, True, track)
 
         self.norm = norm("norm")
         # One bias per layer: a_l, part of the input skip where there is one. The pre-activation order has BN's.
@@ -67,23 +88,85 @@ class DNLLayer(nn.Module):
             setattr(self, name, linear_map(name, bias=projection_bias))
         self.rho = nn.Parameter(torch.empty(config.heads)) if "rho" in shapes else None
         self.skip = linear_map("skip", bias=True)
+        self.activation = activation if isinstance(activation, str) else copy.deepcopy(activation)
+        if config.bottleneck is not None:
+            self.inner_activation = activation if isinstance(activation, str) else copy.deepcopy(activation)
 
-    def forward(self, *_):
-        raise RuntimeError("a layer of a DNLBlock holds parameters; call the block")
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """x_{l+1} from the states x_0 .. x_l, by calling the submodules one after the other."""
+        config, axis = self.config, -1 if self.config.affine == "linear" else 1
+        y: Any = None
+        if read := [states[j] for j in config.reads(self.layer)]:
+            x = torch.cat(read, axis)
+            if config.preactivation:
+                x = self._activate("activation", self._normalise(self.norm, x))
+            # W (tau x) + b is tau W x + b, whatever stands around W.
+            y = self.affine(x if config.tau == 1 else x * config.tau)
+            if self.inner is not None:
+                y = self.inner(self._activate("inner_activation", self._normalise(self.inner_norm, y)))
+        if self.skip is not None:
+            skip = self.skip(states[0])
+            y = skip if y is None else y + skip
+        x = y if config.kernel == "local" else self._non_local(y)
+        x = x + y if config.residual else x
+        if not config.preactivation:
+            x = self._activate("activation", self._normalise(self.norm, x))
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def _normalise(self, norm: Any, x: Tensor) -> Tensor:
+        if norm is None:
+            return x
+        return norm(x.movedim(-1, 1)).movedim(1, -1) if self.config.affine == "linear" else norm(x)
+
+    def _activate(self, name: str, x: Tensor) -> Tensor:
+        activation = getattr(self, name)
+        return activate(x, activation) if isinstance(activation, str) else activation(x)
+
+    def _non_local(self, y: Tensor) -> Tensor:
+        images = self.config.affine != "linear"
+        tokens = y.flatten(2).mT if images else y
+
+        def project(module: Any) -> Tensor:  # [B, h, N, D]
+            return module(tokens).unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+
+        query = project(self.query)
+        key = query if self.key is None else project(self.key)
+        bandwidth = None if self.rho is None else torch.exp(self.rho)
+        out = nonlocal_attention(query, key, project(self.value), kernel=self.config.kernel, bandwidth=bandwidth)
+        out = self.output(out.transpose(1, 2).flatten(2))
+        return out.mT.unflatten(2, y.shape[2:]) if images else out
 
     def tensors(self) -> LayerParameters:
-        found: dict[str, Tensor | None] = {
-            "rho": self.rho,
-            "inner_weight": None if self.inner is None else self.inner.weight,
-        }
-        for name in ("affine", "query", "key", "value", "output", "skip"):
-            if (module := getattr(self, name)) is not None:
-                found |= {f"{name}_weight": module.weight, f"{name}_bias": module.bias}
-        for name in ("norm", "inner_norm"):
-            if (module := getattr(self, name)) is not None:
-                found |= {f"{name}_weight": module.weight, f"{name}_bias": module.bias}
-                found |= {f"{name}_mean": module.running_mean, f"{name}_var": module.running_var}
-        return LayerParameters(**found)
+        """The layer's tensors as `dnl_block` takes them."""
+        return LayerParameters(**tensors(self.description()))
+
+    def description(self) -> DenseLayer:
+        """The layer as a plan reads it."""
+        config = self.config
+        parts: dict[str, Any] = {name: getattr(self, name) for name in PARTS}
+        return DenseLayer(
+            f"layers.{self.layer}",
+            self,
+            _append,
+            {name: part for name, part in parts.items() if part is not None},
+            (self.activation,) if config.bottleneck is None else (self.activation, self.inner_activation),
+            self.dropout,
+            config.preactivation,
+            reads=config.connectivity[self.layer],
+            options={name: getattr(config, name) for name in OPTIONS},
+        )
+
+
+PARTS = ("affine", "norm", "inner_norm", "inner", "query", "key", "value", "output", "skip", "rho")
+OPTIONS = ("kernel", "heads", "head_dim", "tau", "input_skip", "residual")
+
+
+def _append(layer: nn.Module, states: list[Tensor]) -> list[Tensor]:
+    return [*states, layer(states)]
+
+
+def _describe(block: DNLBlock) -> list[DenseLayer] | str:
+    return [layer.description() for layer in block._layers()]
 
 
 class DNLBlock(nn.Module):
@@ -104,12 +187,13 @@ class DNLBlock(nn.Module):
     Args:
         in_channels: C0.
         num_layers: L.
-        growth_rate: G, the channels of every layer's output.
-        affine: "conv3x3", "conv1x1" (images) or "linear" (tokens).
+        growth_rate: G, the channels of every layer's output; or one number for each layer.
+        affine: "conv3x3", "conv1x1" (images; with spatial_dims=1 or 3, filters of 3, 3x3x3 or 1) or "linear" (tokens).
         kernel: "local", "softmax", "gaussian" or "dot".
         norm: "batch" or None.
         preactivation: the order, see above.
-        activation: "identity", "relu", "leaky_relu", "tanh", "gelu" or "silu".
+        activation: "identity", "relu", "leaky_relu", "tanh", "gelu" or "silu"; or a module, of which every layer gets a
+            copy (nn.PReLU()). What the kernels do not have is computed by calling the module.
         bottleneck: b makes the accumulation a 1x1 convolution to b * G channels, followed by BN, act and a 3x3
             convolution to G (DenseNet-BC); affine="conv3x3" only. The input skip is added behind it.
         heads, head_dim: of N; head_dim defaults to G / heads.
@@ -123,6 +207,8 @@ class DNLBlock(nn.Module):
         backend: None, "reference", "cpu", "triton" or "cuda", of the operators.
         projection_bias: biases of the projections of N.
         eps, momentum, track_running_stats: of batch normalisation, as in torch.nn.BatchNorm2d.
+        spatial_dims: 2 for images, 1 for [B, C0, N], 3 for [B, C0, D, H, W].
+        dropout: probability with which a number of a layer's output is zeroed in training, as F.dropout.
         device, dtype: of the parameters.
 
     Raises:
@@ -136,13 +222,13 @@ class DNLBlock(nn.Module):
         self,
         in_channels: int,
         num_layers: int,
-        growth_rate: int,
+        growth_rate: int | Sequence[int],
         *,
         affine: str = "conv3x3",
         kernel: str = "local",
         norm: str | None = "batch",
         preactivation: bool = True,
-        activation: str = "relu",
+        activation: str | nn.Module = "relu",
         bottleneck: int | None = None,
         heads: int = 1,
         head_dim: int | None = None,
@@ -155,38 +241,46 @@ class DNLBlock(nn.Module):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         track_running_stats: bool = True,
+        spatial_dims: int = 2,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_backend(OP, backend)
-        for name, value in (("in_channels", in_channels), ("num_layers", num_layers), ("growth_rate", growth_rate)):
+        for name, value in (("in_channels", in_channels), ("num_layers", num_layers)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 fail(OP, name, repr(value), "an integer >= 1")
+        rates = _growth_rate(growth_rate, num_layers)
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            fail(OP, "dropout", repr(dropout), "a number from 0 to 1")
         self.config = BlockConfig(
             in_channels=in_channels,
             num_layers=num_layers,
-            growth_rate=growth_rate,
+            growth_rate=rates,
             connectivity=_mask(connectivity, num_layers),
             affine=affine,
             kernel=kernel,
             norm=norm,
             preactivation=preactivation,
-            activation=activation,
+            activation="relu" if isinstance(activation, nn.Module) else activation,
             bottleneck=bottleneck,
             heads=heads,
-            head_dim=_head_dim(kernel, growth_rate, heads, head_dim),
+            head_dim=_head_dim(kernel, rates, heads, head_dim),
             tau=_step(tau, num_layers),
             input_skip=input_skip,
             residual=residual,
             eps=eps,
+            spatial_dims=spatial_dims,
         )
-        check_config(self.config, OP)
+        check_config(self.config._replace(growth_rate=self.config.growth(0)), OP)
         self.backend = backend
-        self.out_channels = in_channels + num_layers * growth_rate
+        self.out_channels = sum(map(self.config.state_channels, range(num_layers + 1)))
         self.layers = nn.ModuleList(
-            DNLLayer(self.config, layer, momentum, track_running_stats, projection_bias) for layer in range(num_layers)
+            DNLLayer(self.config, layer, momentum, track_running_stats, projection_bias, activation, dropout)
+            for layer in range(num_layers)
         ).to(device=device, dtype=dtype)
+        self._plan = Plan(_describe, -1 if affine == "linear" else 1)
         self.reset_parameters()
 
     def _layers(self) -> list[DNLLayer]:
@@ -215,13 +309,18 @@ class DNLBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C0, H, W] -> [B, C0 + L * G, H, W], for affine="linear" [B, N, C0] -> [B, N, C0 + L * G]: the input
         followed by every layer's output. In training mode it updates running statistics as nn.BatchNorm2d does."""
-        config = self.config._replace(training=self._uses_batch_statistics())
-        states, statistics = dnl_block_with_statistics(
-            x, [layer.tensors() for layer in self._layers()], config, backend=self.backend
-        )
-        if statistics is not None:
-            self._update_running_statistics(statistics)
-        return states
+        axis, config = self._plan.axis, self.config
+        rank = 3 if config.affine == "linear" else config.spatial_dims + 2
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{OP}: x is of type {type(x).__name__}; expected a tensor")
+        if x.dim() != rank or x.shape[axis] != config.in_channels:
+            form = "[B, N, C0]" if axis == -1 else f"[B, C0, {', '.join('DHW'[3 - config.spatial_dims :])}]"
+            fail(OP, "x", f"of shape {list(x.shape)}", f"{form} with C0 = {config.in_channels}")
+        return self._plan(self, x, self.backend)  # type: ignore[return-value]
+
+    def explain(self, x: Tensor) -> str:
+        """What runs the layers for an input like x, and why nothing faster does."""
+        return self._plan.explain(self, x, self.backend)
 
     def extra_repr(self) -> str:
         """The configuration where it is not the default."""
@@ -232,38 +331,6 @@ class DNLBlock(nn.Module):
             given.append(f"connectivity={sum(map(sum, self.config.connectivity))} pairs")
         return ", ".join(given)
 
-    def _norms(self) -> list[Any]:
-        return [norm for layer in self._layers() for norm in (layer.norm, layer.inner_norm) if norm is not None]
-
-    def _uses_batch_statistics(self) -> bool:
-        modes = set()
-        for norm in self._norms():
-            if isinstance(norm, nn.SyncBatchNorm):
-                raise RuntimeError(f"{OP}: SyncBatchNorm is not supported: statistics are those of each process")
-            modes.add(norm.training or norm.running_mean is None)
-        if len(modes) > 1:
-            raise RuntimeError(f"{OP}: some normalisations are in training mode and some in eval mode; set all alike")
-        return modes == {True}
-
-    @torch.no_grad()
-    def _update_running_statistics(self, found: Statistics) -> None:
-        if found.elements == 0:
-            return
-        inner = iter(zip(found.inner_mean, found.inner_var, strict=True))
-        output = iter(zip(found.output_mean, found.output_var, strict=True))
-        shared: Any = (found.states_mean, found.states_var)
-        updates = []
-        for index, layer in enumerate(self._layers()):
-            if layer.inner_norm is not None:
-                updates.append((layer.inner_norm, *next(inner)))
-            if layer.norm is not None and self.config.preactivation:
-                spans = self.config.spans(index)
-                parts = [[v[a:b] for a, b in spans] for v in shared]
-                updates.append((layer.norm, *(p[0] if len(p) == 1 else torch.cat(p) for p in parts)))
-            elif layer.norm is not None:
-                updates.append((layer.norm, *next(output)))
-        update_running_statistics(updates, found.elements)
-
     @classmethod
     def from_torchvision(cls, block: nn.Module, *, backend: str | None = None) -> DNLBlock:
         """The same block as a torchvision `_DenseBlock`: see `convert_dense_block`."""
@@ -272,30 +339,11 @@ class DNLBlock(nn.Module):
         return convert_dense_block(block, backend=backend)
 
 
-@torch.no_grad()
-def update_running_statistics(found: list[tuple[Any, Tensor, Tensor]], elements: int) -> None:
-    """The running statistics of (normalisation, mean, biased variance), in place and as nn.BatchNorm2d: unbiased
-    variance, momentum=None for the cumulative mean. Few calls for all of them: there may be a hundred."""
-    found = [update for update in found if update[0].training and update[0].track_running_stats]
-    if not found:
-        return
-    norms = [norm for norm, _, _ in found]
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-    running = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
-    unbiased = torch._foreach_mul([var for _, _, var in found], elements / max(elements - 1, 1))
-    batch = [t for (_, mean, _), var in zip(found, unbiased, strict=True) for t in (mean, var)]
-    momenta = [norm.momentum for norm in norms]
-    if (
-        momenta[0] is not None
-        and set(momenta) == {momenta[0]}
-        and {t.dtype for t in running} == {t.dtype for t in batch}
-    ):
-        torch._foreach_lerp_(running, batch, momenta[0])
-        return
-    for i, norm in enumerate(norms):
-        factor = norm.momentum if norm.momentum is not None else 1.0 / norm.num_batches_tracked.double()
-        for at in (2 * i, 2 * i + 1):
-            running[at].add_((batch[at] - running[at]) * factor)
+def _growth_rate(growth_rate: int | Sequence[int], num_layers: int) -> Any:
+    rates: Any = growth_rate if isinstance(growth_rate, (list, tuple)) else [growth_rate] * num_layers
+    if len(rates) != num_layers or any(isinstance(g, bool) or not isinstance(g, int) or g < 1 for g in rates):
+        fail(OP, "growth_rate", repr(growth_rate), f"an integer >= 1, or {num_layers} of them")
+    return rates[0] if len(set(rates)) == 1 else tuple(rates)
 
 
 def _step(tau: float | str, num_layers: int) -> float:
@@ -306,10 +354,18 @@ def _step(tau: float | str, num_layers: int) -> float:
     return tau
 
 
-def _head_dim(kernel: str, growth_rate: int, heads: int, head_dim: int | None) -> int:
+def _head_dim(kernel: str, growth_rate: Any, heads: int, head_dim: int | None) -> int:
     if head_dim is not None:
         return head_dim
-    if kernel == "local" or isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+    if kernel != "local" and not isinstance(growth_rate, int):
+        fail(OP, "head_dim", None, "an integer >= 1, where the layers have growth rates of their own")
+    if (
+        not isinstance(growth_rate, int)
+        or kernel == "local"
+        or isinstance(heads, bool)
+        or not isinstance(heads, int)
+        or heads < 1
+    ):
         return 0
     if growth_rate % heads:
         fail(OP, "heads", heads, f"a divisor of growth_rate = {growth_rate}, or head_dim given")

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from .._activations import activate
 from .._checks import fail
 from ..ops.norm_activation import cpu as norm_activation
-from .block import DNLBlock, update_running_statistics
+from . import running_statistics
+from .block import DNLBlock
 
 OP = "DNLNet"
 
@@ -43,7 +44,7 @@ class NormActivation(nn.Module):
             x, norm.weight, norm.bias, mean, var, self.activation, pool, norm.eps
         )
         if measures:
-            update_running_statistics([(norm, mean, var)], x.numel() // x.shape[1])
+            running_statistics.update([(norm, mean, var)], x.numel() // x.shape[1])
         return z
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,20 +60,62 @@ def dnl_block_with_statistics(
     if backend is not None:
         _backend.select(OP, backend, x0)
     with outside_autocast(x0):
-        if backend == "reference":
-            return reference.dnl_block(x0, parameters, config)
-        if (chosen := resident.choose(x0, backend)) is not None:
-            if (why := resident.limit(x0, parameters, config, backend)) is None:
-                return resident.dnl_block(x0, parameters, config, chosen), None
-            _backend.log_fallback(OP, chosen, why)
-        chosen = fused.choose(x0, backend)
-        if chosen is not None and fused.limit(x0, parameters, config, backend) is None:
-            return fused.dnl_block(x0, parameters, config, chosen)
-        if bottleneck.limit(x0, parameters, config, backend) is None:
-            return bottleneck.dnl_block(x0, parameters, config)
-        if non_local.limit(x0, parameters, config, backend) is None:
-            return non_local.dnl_block(x0, parameters, config)
-        return composition.dnl_block(x0, parameters, config, backend)
+        for route in ROUTES:
+            if (why := route.limit(x0, parameters, config, backend)) is None:
+                return route.run(x0, parameters, config, backend)
+            if route.logged(x0, backend):
+                _backend.log_fallback(OP, route.name, why)
+    raise AssertionError("the last route takes every call")
+
+
+def explain(
+    x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig, backend: str | None = None
+) -> tuple[str, dict[str, str]]:
+    """The implementation that runs a call, and why every faster one does not."""
+    refused: dict[str, str] = {}
+    for route in ROUTES:
+        if (why := route.limit(x0, parameters, config, backend)) is None:
+            return route.name, refused
+        if route is not ROUTES[0]:
+            refused[route.name] = why
+    raise AssertionError("the last route takes every call")
+
+
+class Route(NamedTuple):
+    """One implementation of the block.
+
+    limit(x0, parameters, config, backend): why it cannot run the call, or None.
+    run(x0, parameters, config, backend): the states buffer, and the batch statistics if it measured any.
+    logged(x0, backend): whether a refusal is worth a line in the log.
+    """
+
+    name: str
+    limit: Callable[..., str | None]
+    run: Callable[..., tuple[Tensor, Statistics | None]]
+    logged: Callable[..., bool] = lambda x0, backend: False
+
+
+def _asked_for_reference(x0, parameters, config, backend) -> str | None:
+    return None if backend == "reference" else "backend='reference' was not asked for"
+
+
+def _limit_of_composition(x0, parameters, config, backend) -> str | None:
+    return None if config.spatial_dims == 2 else f"its operators take images, not {config.spatial_dims} dimensions"
+
+
+ROUTES = (  # best first
+    Route("eager PyTorch, as asked", _asked_for_reference, lambda x, p, c, b: reference.dnl_block(x, p, c)),
+    Route(
+        "resident block", resident.limit,
+        lambda x, p, c, b: (resident.dnl_block(x, p, c, resident.choose(x, b) or ""), None),
+        lambda x, b: resident.choose(x, b) is not None,
+    ),
+    Route("whole block", fused.limit, lambda x, p, c, b: fused.dnl_block(x, p, c, fused.choose(x, b) or "")),
+    Route("bottleneck block", bottleneck.limit, lambda x, p, c, b: bottleneck.dnl_block(x, p, c)),
+    Route("non-local block", non_local.limit, lambda x, p, c, b: non_local.dnl_block(x, p, c)),
+    Route("one operator after the other", _limit_of_composition, composition.dnl_block),
+    Route("eager PyTorch", lambda *_: None, lambda x, p, c, b: reference.dnl_block(x, p, c)),
+)  # fmt: skip
 
 
 def _autocast(p: LayerParameters) -> LayerParameters:
@@ -104,6 +147,11 @@ def check_config(config: BlockConfig, op: str = OP) -> None:
             if getattr(config, name) != plain:
                 why = "no other value with kernel='local', where N is the identity and has no projections"
                 fail(op, name, getattr(config, name), f"{plain or None}, and {why}")
+    if config.spatial_dims not in (1, 2, 3):
+        fail(op, "spatial_dims", config.spatial_dims, "1, 2 or 3")
+    if config.spatial_dims != 2 and (config.affine == "linear" or config.kernel != "local"):
+        given = f"{config.spatial_dims} with affine={config.affine!r} and kernel={config.kernel!r}"
+        fail(op, "spatial_dims", given, "2: only convolutions with kernel='local' have 1 or 3 dimensions")
     _check_connectivity(config, op)
 
 
@@ -119,7 +167,10 @@ def _check_connectivity(config: BlockConfig, op: str) -> None:
 def _check_parameters(x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig) -> None:
     # torch.compile does not trace a cache; it runs this once anyway.
     expected = (_plan.__wrapped__ if torch.compiler.is_compiling() else _plan)(config)
-    rank, axis, form = (3, 2, "[B, N, C0]") if config.affine == "linear" else (4, 1, "[B, C0, H, W]")
+    sizes = {1: "N", 2: "H, W", 3: "D, H, W"}.get(config.spatial_dims)
+    rank, axis, form = (
+        (3, 2, "[B, N, C0]") if config.affine == "linear" else (config.spatial_dims + 2, 1, f"[B, C0, {sizes}]")
+    )
     if x0.dim() != rank or x0.shape[axis] != config.in_channels:
         fail(OP, "x0", shape(x0), f"{form} with C0 = {config.in_channels}")
     if len(parameters) != config.num_layers:

@@ -34,6 +34,8 @@ def limit(x0: Tensor, parameters: Sequence[Any], config: BlockConfig, backend: s
         return "the fused bottleneck is a CPU kernel"
     if config.bottleneck is None or config.kernel != "local" or not config.preactivation or config.input_skip:
         return "the fused bottleneck is a DenseNet-BC block: pre-activation, kernel='local', no input skip"
+    if config.spatial_dims != 2:
+        return f"the fused bottleneck takes images, not {config.spatial_dims} dimensions"
     if any(t is not None and t.requires_grad for p in parameters for n, t in zip(p._fields, p, strict=True)
            if n.endswith(("norm_mean", "norm_var"))):  # fmt: skip
         return "the fused bottleneck takes given statistics as constants"

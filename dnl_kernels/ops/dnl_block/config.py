@@ -8,17 +8,19 @@ from torch import Tensor
 
 from ..dnl_layer.config import NonLocalParameters
 
-AFFINES = {"conv3x3": (3, 3), "conv1x1": (1, 1), "linear": ()}  # the trailing dimensions of a weight
+AFFINES = {"conv3x3": (3, 3), "conv1x1": (1, 1), "linear": ()}  # the trailing dimensions of a weight, for images
 NORMS = ("batch", None)
 
 
 class BlockConfig(NamedTuple):
     """Static and hashable. Symbols: C0 = in_channels, L = num_layers, G = growth_rate, b = bottleneck, h = heads.
 
-    State 0 is the input (C0 channels), state j >= 1 the output of layer j - 1 (G channels).
+    State 0 is the input (C0 channels), state j >= 1 the output of layer j - 1 (G channels). In modules growth_rate
+    may be a tuple, one number for each layer; an operator takes one for all.
     connectivity[l][j] (0 <= j <= l) says whether layer l reads state j; C(l) is the sum of the channels it reads. A
     layer that reads none has no affine_weight; it needs the input skip.
     training: norm="batch" uses the statistics of this batch, otherwise the given means and variances.
+    spatial_dims: 2 for images [B, C, H, W]; 1 and 3 have no non-local N. "conv3x3" is then 3 or 3x3x3.
     """
 
     in_channels: int
@@ -38,9 +40,14 @@ class BlockConfig(NamedTuple):
     residual: bool = False
     eps: float = 1e-5
     training: bool = False
+    spatial_dims: int = 2
+
+    def growth(self, layer: int) -> int:
+        """G of a layer."""
+        return self.growth_rate if isinstance(self.growth_rate, int) else self.growth_rate[layer]
 
     def state_channels(self, j: int) -> int:
-        return self.growth_rate if j else self.in_channels
+        return self.growth(j - 1) if j else self.in_channels
 
     def reads(self, layer: int) -> list[int]:
         """The states that a layer reads."""
@@ -49,21 +56,25 @@ class BlockConfig(NamedTuple):
     def spans(self, layer: int) -> list[tuple[int, int]]:
         """The channels of the states buffer that a layer reads, as maximal ranges [start, end)."""
         spans: list[tuple[int, int]] = []
-        for j in self.reads(layer):
-            start = self.in_channels + (j - 1) * self.growth_rate if j else 0
-            end = start + self.state_channels(j)
-            if spans and spans[-1][1] == start:
-                start = spans.pop()[0]
-            spans.append((start, end))
+        end = 0
+        for j, connected in enumerate(self.connectivity[layer]):
+            start, end = end, end + self.state_channels(j)
+            if connected:
+                joins = spans and spans[-1][1] == start
+                spans.append((spans.pop()[0] if joins else start, end))
         return spans
 
     def layer_channels(self, layer: int) -> int:
         """C(l), the channels that a layer reads."""
         return sum(self.state_channels(j) for j in self.reads(layer))
 
+    def filter_size(self) -> tuple[int, ...]:
+        """The trailing dimensions of a convolution's weight; none for a linear map."""
+        return AFFINES[self.affine][:1] * self.spatial_dims
+
     def shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor that a layer of this configuration has, by its name in LayerParameters."""
-        size, growth, channels = AFFINES[self.affine], self.growth_rate, self.layer_channels(layer)
+        size, growth, channels = self.filter_size(), self.growth(layer), self.layer_channels(layer)
         shapes: dict[str, tuple[int, ...]] = {}
 
         def norm(prefix: str, width: int) -> None:
@@ -71,7 +82,7 @@ class BlockConfig(NamedTuple):
 
         if channels:
             width = growth * (self.bottleneck or 1)
-            shapes["affine_weight"] = (width, channels, *(size if self.bottleneck is None else (1, 1)))
+            shapes["affine_weight"] = (width, channels, *(size if self.bottleneck is None else (1,) * len(size)))
             shapes["affine_bias"] = (width,)
             if self.bottleneck is not None:
                 shapes["inner_weight"] = (growth, width, *size)

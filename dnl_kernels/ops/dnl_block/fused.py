@@ -35,6 +35,8 @@ def choose(x0: Tensor, backend: str | None) -> str | None:
 
 def beyond_local(config: BlockConfig, block: str) -> str | None:
     """What the blocks that are one local kernel lack, by the name of the block."""
+    if config.spatial_dims != 2:
+        return f"{block} takes images, not {config.spatial_dims} dimensions"
     if config.kernel != "local" or config.affine == "linear":
         return f"{block} has kernel='local' and a convolution, not {config.kernel!r} and {config.affine!r}"
     if config.bottleneck is not None:

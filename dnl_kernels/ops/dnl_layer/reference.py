@@ -14,10 +14,11 @@ from .config import LayerConfig, NonLocalParameters
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
-    """scale * (W (*) x) + bias: a "same" convolution of images [B, C, H, W], a linear map of tokens [.., C]."""
-    if weight.dim() == 4:
-        y = scale * F.conv2d(x, weight, padding=weight.shape[-1] // 2)
-        return y if bias is None else y + bias[:, None, None]
+    """scale * (W (*) x) + bias: a "same" convolution of [B, C, *spatial], a linear map of tokens [.., C]."""
+    if weight.dim() > 2:
+        convolution = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
+        y = scale * convolution(x, weight, padding=weight.shape[-1] // 2)
+        return y if bias is None else y + bias.view(-1, *[1] * (weight.dim() - 2))
     y = scale * F.linear(x, weight)
     return y if bias is None else y + bias
 
