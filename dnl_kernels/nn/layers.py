@@ -63,6 +63,9 @@ class DenseLayer(NamedTuple):
     others: submodules that only hold others, whose hooks and children matter.
     reads: which states the layer reads, None for all.
     options: further fields of BlockConfig: kernel, heads, head_dim, tau, input_skip, residual.
+    plain_types: subclasses of torch's modules that compute what their base class does.
+
+    A layer without parts is always called.
     """
 
     name: str
@@ -75,6 +78,7 @@ class DenseLayer(NamedTuple):
     others: tuple[nn.Module, ...] = ()
     reads: tuple[bool, ...] | None = None
     options: Mapping[str, Any] = {}
+    plain_types: frozenset[type] = frozenset()
 
     def modules(self) -> list[nn.Module]:
         """All modules whose state decides what the layer computes."""
@@ -106,7 +110,8 @@ class Watch:
         self.rows = []
         for m in modules:
             state = m.__dict__
-            names = (*_COMMON, *_WATCHED.get(type(m), ()))
+            own = next((_WATCHED[base] for base in type(m).__mro__ if base in _WATCHED), ())
+            names = (*_COMMON, *own)
             get = itemgetter(*(name for name in names if name in state))
             # Copies: the same dictionary would be equal to itself whatever happened to it.
             values = tuple(dict(value) if isinstance(value, dict) else value for value in get(state))
@@ -157,6 +162,8 @@ def uses_batch_statistics(norm: Any) -> bool:
 
 def kind(layer: DenseLayer) -> LayerKind | str:
     """The kind of a layer whose modules a kernel computes exactly, or the reason why they have to be called."""
+    if not layer.parts:
+        return "its modules are not those of a layer that the kernels have"
     names = {id(part): name for name, part in layer.parts.items()}
     for m in layer.modules():
         if why := plain(m):
@@ -251,7 +258,7 @@ def _norms(layer: DenseLayer, dims: int) -> tuple[str | None, float, bool] | str
         if (norm := layer.parts.get(name)) is None:
             continue
         frozen = _is_frozen_batch_norm(norm)
-        if not frozen and type(norm) not in NORMS[dims]:
+        if not frozen and type(norm) not in NORMS[dims] and not _is_plain_subclass(norm, layer, NORMS[dims]):
             return f"{name} is a {type(norm).__name__}"
         training = not frozen and uses_batch_statistics(norm)
         if type(norm) is nn.SyncBatchNorm and training:
@@ -260,6 +267,10 @@ def _norms(layer: DenseLayer, dims: int) -> tuple[str | None, float, bool] | str
     if len(found) > 1:
         return "the layer's normalisations differ in eps or in mode"
     return found.pop() if found else (None, 1e-5, False)
+
+
+def _is_plain_subclass(module: nn.Module, layer: DenseLayer, classes: tuple[type, ...]) -> bool:
+    return type(module) in layer.plain_types and isinstance(module, classes)
 
 
 def _is_frozen_batch_norm(module: nn.Module) -> bool:

@@ -141,6 +141,13 @@ class Plan:
             at += width
         return found
 
+    def reasons(self, block: nn.Module, x: Tensor) -> list[tuple[str, str | None]]:
+        """Every layer by its name, with None where a kernel runs it, or why its modules are called."""
+        segments = self.segments(block, x)
+        if isinstance(segments, str):
+            return [("all layers", segments)]
+        return [(layer.name, segment.reason or None) for segment in segments for layer in segment.layers]
+
     def explain(self, block: nn.Module, x: Tensor, backend: str | None = None) -> str:
         """One line for every segment: its layers, what runs them, and why nothing faster does."""
         segments = self.segments(block, x)
