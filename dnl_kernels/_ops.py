@@ -197,6 +197,24 @@ def _dnl_bottleneck_bwd(
     )
 
 
+def _dnl_bottleneck_pack(tensors, connectivity, in_channels, growth_rate, bottleneck, norm, tau, eps):
+    """As csrc/dnl_bottleneck/cpu.cpp lays them out: vectors and matrices, each filled up to whole blocks of 16."""
+    block, points = 16, 16
+    wide, growth = (-(-n // block) * block for n in (growth_rate * bottleneck, growth_rate))
+    numbers, row, layers = 0, list(connectivity), _layers(connectivity)
+    for layer in range(layers):
+        read, row = row[: layer + 1], row[layer + 1 :]
+        channels = sum((growth_rate if j else in_channels) for j, connected in enumerate(read) if connected)
+        numbers += 2 * (-(-channels // block) * block) + wide * (channels + 1) + points * wide * growth
+    weight = tensors[0]
+    return weight.new_empty(numbers, dtype=_accumulation_dtype(weight))
+
+
+def _dnl_bottleneck_eval(x0, packed, connectivity, growth_rate, *_):
+    batch, in_channels, height, width = x0.shape
+    return x0.new_empty((batch, in_channels + growth_rate * _layers(connectivity), height, width))
+
+
 def _dnl_nonlocal_block_fwd(
     x0, tensors, keep, connectivity, growth_rate, affine, kernel, heads, norm, training, preactivation, *_
 ):  # fmt: skip
@@ -337,6 +355,17 @@ SCHEMAS: dict[str, Schema] = {
         f" {_BOTTLENECK_TAIL.format('')} -> (Tensor, Tensor[])",
         _dnl_bottleneck_bwd,
         _BOTTLENECK,
+    ),
+    # CPU, in evaluation: the layers' weights as the kernels read them, normalisations folded in, and the block with them.
+    # Never seen by autograd or torch.compile.
+    "dnl_bottleneck_pack": Schema(
+        "(Tensor?[] tensors, int[] connectivity, int in_channels, int growth_rate, int bottleneck, bool norm,"
+        " float tau, float eps) -> Tensor",
+        _dnl_bottleneck_pack,
+    ),
+    "dnl_bottleneck_eval": Schema(
+        "(Tensor x0, Tensor packed, int[] connectivity, int growth_rate, int bottleneck, str activation) -> Tensor",
+        _dnl_bottleneck_eval,
     ),
     "dnl_nonlocal_block_fwd": Schema(
         f"(Tensor x0, {_NONLOCAL_TAIL.format(' bool keep,')} -> (Tensor, Tensor, Tensor, Tensor[])",

@@ -14,6 +14,12 @@ inline bool& inside_a_task() {
   return inside;
 }
 
+struct InsideATask {  // marks this thread as one of several, for as long as it lives
+  const bool before = inside_a_task();
+  InsideATask() { inside_a_task() = true; }
+  ~InsideATask() { inside_a_task() = before; }
+};
+
 // Those that a loop may use here: all of torch's, or this one where it already is one of several.
 inline int64_t free_threads() { return inside_a_task() ? 1 : torch::stable::get_num_threads(); }
 
@@ -42,11 +48,7 @@ void parallel_tasks(int64_t begin, int64_t end, int64_t grain, const Body& body)
   const auto first = [&](int64_t s) { return s * pieces / shares; };
   for (int64_t s = 0; s < shares; s++) share[s].next = first(s);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t from, int64_t to) {
-    struct Inside {
-      const bool before = inside_a_task();
-      Inside() { inside_a_task() = true; }
-      ~Inside() { inside_a_task() = before; }
-    } mark;
+    const InsideATask mark;
     for (int64_t own = from; own < to; own++)
       for (int64_t k = 0; k < shares; k++) {
         const int64_t s = (own + k) % shares, last = first(s + 1);

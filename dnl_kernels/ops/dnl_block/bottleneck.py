@@ -3,6 +3,8 @@ convolution is a GEMM over all pixels of a batch, the 3x3 one is torch's. Around
 writes one prefix buffer: nothing is concatenated, statistics are computed once per channel, and the gradient of a
 state is corrected for them once, when all of its consumers are known (idea 3 of fused.py's kernels).
 
+In evaluation, without gradients, csrc/dnl_bottleneck does all of it: a whole block is one call.
+
 Kept for backward: the states, and what each layer's 1x1 convolution made (b * G channels).
 """
 
@@ -18,6 +20,7 @@ from ... import _backend
 from ..._autograd import differentiable
 from . import reference
 from .config import BlockConfig, LayerParameters, Statistics
+from .derived import DerivedCache
 from .prefix import Corrections, Norm, Prefix, flattened, keeps, triangle_of, wide_dtype
 
 NAMES = (
@@ -50,11 +53,42 @@ def dnl_block(
         parameters = [p._replace(**none) for p in parameters]
     tensors = [getattr(p, name) for p in parameters for name in NAMES]
     keep = keeps((x0, *tensors))
+    if not keep and (config.norm is None or not config.training) and not _has_tangents():
+        return evaluate(x0, packed_weights(tensors, x0, config), config), None
     states, _, mean, var, inner_mean, inner_var = _function((config, keep), x0, *tensors)
     if config.norm is None or not config.training:
         return states, None
     elements = x0.numel() // x0.shape[1]
     return states, Statistics(mean, var, list(inner_mean), list(inner_var), [], [], elements)
+
+
+def pack(tensors: Sequence[Tensor | None], config: BlockConfig) -> Tensor:
+    """The layers' weights as `evaluate` reads them: a vector that holds the folded normalisations, and the filters in
+    Winograd's form. tensors: for each layer those of NAMES."""
+    assert config.bottleneck is not None and (config.norm is None or not config.training)
+    return torch.ops.dnl.dnl_bottleneck_pack.default(
+        tensors, flattened(config.connectivity), config.in_channels, config.growth_rate, config.bottleneck,
+        config.norm is not None, config.tau, config.eps,
+    )  # fmt: skip
+
+
+def evaluate(x0: Tensor, packed: Tensor, config: BlockConfig) -> Tensor:
+    """The states, without gradients, by all layers in one call of csrc/dnl_bottleneck."""
+    return torch.ops.dnl.dnl_bottleneck_eval.default(
+        x0, packed, flattened(config.connectivity), config.growth_rate, config.bottleneck, config.activation
+    )  # fmt: skip
+
+
+def packed_weights(tensors: Sequence[Tensor | None], x0: Tensor, config: BlockConfig) -> Tensor:
+    """`pack`, kept until one of the tensors is another one or has changed."""
+    return _packed_cache.get(tensors, (x0.dtype, config), lambda: pack(tensors, config))
+
+
+_packed_cache = DerivedCache()
+
+
+def _has_tangents() -> bool:
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _static(config: BlockConfig) -> tuple:

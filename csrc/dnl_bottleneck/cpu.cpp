@@ -1,0 +1,318 @@
+// An evaluated bottleneck block (DenseNet-BC): dnl_bottleneck_pack folds the normalisations into the layers' weights and
+// transforms the filters, dnl_bottleneck_eval runs all layers in one parallel region. Meaning:
+// dnl_kernels/ops/dnl_block/reference.py; the steps of a layer are explained in params.h.
+#include <algorithm>
+#include <cmath>
+
+#include "common/conv_host.h"
+#include "common/phases.h"
+#include "dnl_bottleneck/params.h"
+
+namespace dnl {
+namespace {
+
+enum Name {  // the tensors of a layer, in the order of bottleneck.py
+  kWeight, kBias, kGamma, kBeta, kMean, kVar, kInnerWeight, kInnerGamma, kInnerBeta, kInnerMean, kInnerVar, kNames
+};
+
+// What a layer reads, and where its numbers lie among the packed ones.
+struct Layout {
+  std::vector<Span> spans;
+  int64_t channels = 0;
+  int64_t scale, shift, weight, bias, filters;
+};
+
+// The layers of a block. The layout is the same on every instruction-set level.
+struct Block {
+  int64_t in_channels, growth, wide;  // as they are
+  int64_t padded_growth, padded_wide;
+  std::vector<Layout> layers;
+  int64_t packed = 0;
+
+  Block(int64_t in_channels, int64_t growth, int64_t bottleneck, const std::vector<int64_t>& connectivity)
+      : in_channels(in_channels),
+        growth(growth),
+        wide(growth * bottleneck),
+        padded_growth(round_up(growth, kBottleneckBlock)),
+        padded_wide(round_up(wide, kBottleneckBlock)) {
+    DNL_CHECK(in_channels > 0 && growth > 0 && bottleneck > 0, "dnl_bottleneck: channels");
+    const auto place = [&](int64_t size) {
+      const int64_t at = packed;
+      packed += round_up(size, kBottleneckBlock);
+      return at;
+    };
+    for (size_t at = 0; at < connectivity.size();) {
+      const size_t states = layers.size() + 1;
+      DNL_CHECK(at + states <= connectivity.size(), "dnl_bottleneck: connectivity is no triangle");
+      Layout l;
+      for (size_t j = 0; j < states; j++, at++) {
+        if (!connectivity[at]) continue;
+        const int64_t first = j ? channel_of(j - 1) : 0, count = j ? growth : in_channels;
+        if (!l.spans.empty() && l.spans.back().first + l.spans.back().count == first)
+          l.spans.back().count += count;
+        else
+          l.spans.push_back({first, count});
+        l.channels += count;
+      }
+      DNL_CHECK(l.channels > 0, "dnl_bottleneck: a layer reads nothing");
+      l.scale = place(l.channels);
+      l.shift = place(l.channels);
+      l.weight = place(padded_wide * l.channels);
+      l.bias = place(padded_wide);
+      l.filters = place(kWinogradPoints * padded_wide * padded_growth);
+      layers.push_back(std::move(l));
+    }
+  }
+  int64_t channel_of(int64_t layer) const { return in_channels + layer * growth; }
+  int64_t channels() const { return channel_of(layers.size()); }
+};
+
+using Tensors = std::vector<std::optional<Tensor>>;
+
+// Vectors of a layer, in double, absent ones filled.
+std::vector<double> vector_of(const std::optional<Tensor>& t, int64_t size, double fill) {
+  if (!t.has_value()) return std::vector<double>(size, fill);
+  DNL_CHECK(t->numel() == size, "dnl_bottleneck: a vector of the wrong size");
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Double));
+  const double* data = static_cast<const double*>(wide.data_ptr());
+  return std::vector<double>(data, data + size);
+}
+
+// act(scale * x + shift) of an evaluated normalisation
+struct Folded {
+  std::vector<double> scale, shift;
+
+  Folded(bool norm, double eps, int64_t size, const std::optional<Tensor>* tensors) {
+    scale = vector_of(norm ? tensors[0] : std::nullopt, size, 1);
+    shift = vector_of(norm ? tensors[1] : std::nullopt, size, 0);
+    if (!norm || !tensors[2].has_value()) return;
+    const std::vector<double> mean = vector_of(tensors[2], size, 0), var = vector_of(tensors[3], size, 1);
+    for (int64_t c = 0; c < size; c++) {
+      scale[c] /= std::sqrt(var[c] + eps);
+      shift[c] -= mean[c] * scale[c];
+    }
+  }
+};
+
+// U = G g G^T of a 3 x 3 filter, G of F(2, 3)
+template <class T>
+void transform_filter(const T* g, double (&u)[4][4]) {
+  double half[4][3];
+  for (int x = 0; x < 3; x++) {
+    const double a = g[x], b = g[3 + x], c = g[6 + x];
+    half[0][x] = a;
+    half[1][x] = (a + b + c) / 2;
+    half[2][x] = (a - b + c) / 2;
+    half[3][x] = c;
+  }
+  for (int y = 0; y < 4; y++) {
+    const double a = half[y][0], b = half[y][1], c = half[y][2];
+    u[y][0] = a;
+    u[y][1] = (a + b + c) / 2;
+    u[y][2] = (a - b + c) / 2;
+    u[y][3] = c;
+  }
+}
+
+template <class T>
+void pack_layer(const Block& block, const Layout& l, const Tensor& weight, const Tensor& filters, double tau,
+                const Folded& outer, const Folded& inner, const std::vector<double>& bias, T* packed) {
+  constexpr int64_t n = kBottleneckBlock;
+  std::fill(packed + l.scale, packed + l.filters, T(0));
+  for (int64_t c = 0; c < l.channels; c++) {
+    packed[l.scale + c] = static_cast<T>(outer.scale[c]);
+    packed[l.shift + c] = static_cast<T>(outer.shift[c]);
+  }
+  const T* w = static_cast<const T*>(weight.data_ptr());
+  for (int64_t o = 0; o < block.wide; o++) {
+    T* to = packed + l.weight + o / n * n * l.channels + o % n;
+    for (int64_t c = 0; c < l.channels; c++)
+      to[c * n] = static_cast<T>(inner.scale[o] * tau * double(w[o * l.channels + c]));
+    packed[l.bias + o] = static_cast<T>(inner.scale[o] * bias[o] + inner.shift[o]);
+  }
+  const T* g = static_cast<const T*>(filters.data_ptr());
+  const int64_t point = block.padded_wide * block.padded_growth;
+  for (int64_t o = 0; o < block.padded_growth; o++)
+    for (int64_t c = 0; c < block.padded_wide; c++) {
+      double u[4][4] = {};
+      if (o < block.growth && c < block.wide) transform_filter(g + (o * block.wide + c) * 9, u);
+      T* to = packed + l.filters + (o / n * block.padded_wide + c) * n + o % n;
+      for (int64_t i = 0; i < kWinogradPoints; i++) to[i * point] = static_cast<T>(u[i / 4][i % 4]);
+    }
+}
+
+Tensor dnl_bottleneck_pack(const Tensors& tensors, const std::vector<int64_t>& connectivity, int64_t in_channels,
+                           int64_t growth, int64_t bottleneck, bool norm, double tau, double eps) {
+  const Block block(in_channels, growth, bottleneck, connectivity);
+  const int64_t layers = block.layers.size();
+  DNL_CHECK(layers > 0 && int64_t(tensors.size()) == kNames * layers, "dnl_bottleneck: tensors of every layer");
+  std::vector<Tensor> weights, filters;
+  std::vector<Folded> outer, inner;
+  std::vector<std::vector<double>> biases;
+  for (int64_t l = 0; l < layers; l++) {
+    const std::optional<Tensor>* t = tensors.data() + l * kNames;
+    const int64_t channels = block.layers[l].channels;
+    DNL_CHECK(t[kWeight].has_value() && t[kInnerWeight].has_value(), "dnl_bottleneck: weights");
+    weights.push_back(widened(*t[kWeight]));
+    filters.push_back(widened(*t[kInnerWeight]));
+    DNL_CHECK(weights[l].numel() == block.wide * channels && filters[l].numel() == growth * block.wide * 9 &&
+                  weights[l].scalar_type() == weights[0].scalar_type() &&
+                  filters[l].scalar_type() == weights[0].scalar_type(),
+              "dnl_bottleneck: shape or type of a weight");
+    outer.emplace_back(norm, eps, channels, t + kGamma);
+    inner.emplace_back(norm, eps, block.wide, t + kInnerGamma);
+    biases.push_back(vector_of(t[kBias], block.wide, 0));
+  }
+  Tensor packed = in_large_pages(torch::stable::new_empty(weights[0], {block.packed}));
+  dispatch_float("dnl_bottleneck", packed.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    parallel_tasks(0, layers, 1, [&](int64_t l, int64_t) {
+      pack_layer<T>(block, block.layers[l], weights[l], filters[l], tau, outer[l], inner[l], biases[l],
+                    static_cast<T*>(packed.data_ptr()));
+    });
+  });
+  return packed;
+}
+
+// How many of `least` pieces or more each thread gets the same number of; `count` numbers are to be shared out.
+int64_t pieces_of(int64_t count, int64_t largest, int64_t smallest, int64_t threads) {
+  const int64_t least = (count + largest - 1) / largest, most = std::max<int64_t>(1, count / smallest);
+  return least >= 8 * threads ? least : std::max(least, std::min(most, round_up(least, threads)));
+}
+
+constexpr int64_t kMapsBytes = 2 << 20;  // of z: images that are computed together stay in the second cache
+
+// The steps of a block: copy x0 and zero the borders of z, then for each group of images two steps for each layer.
+template <class T>
+class Evaluation {
+ public:
+  Evaluation(const Block& block, const Tensor& x0, const T* packed, Activation activation, T* states)
+      : block_(block), x0_(planes_of<const T>(x0)), states_(states), batch_(x0.size(0)) {
+    maps_ = {1, x0.size(2), x0.size(3), block.channels() * x0.size(2) * x0.size(3), block.padded_wide,
+             block.padded_growth};
+    const int64_t bytes = maps_.image() * sizeof(T);
+    const int64_t together = std::max<int64_t>(1, std::min<int64_t>(batch_, kMapsBytes / bytes));
+    groups_ = (batch_ + together - 1) / together;
+    largest_ = (batch_ + groups_ - 1) / groups_;
+    for (size_t i = 0; i < block.layers.size(); i++) {
+      const Layout& l = block.layers[i];
+      layers_.push_back({l.spans.data(), l.channels, packed + l.scale, packed + l.shift, packed + l.weight,
+                         packed + l.bias, packed + l.filters, block.growth, block.channel_of(i), activation});
+    }
+  }
+  int64_t z_size() const { return largest_ * maps_.image(); }
+
+  void run(T* z) {
+    z_ = z;
+    threads_ = free_threads();
+    struct Own {
+      Scratch scratch;
+      T *panel, *transformed, *products, *pixels;
+    };
+    const int64_t sizes[] = {maps_.panel(), maps_.transformed(kBottleneckTiles), maps_.products(kBottleneckTiles),
+                             maps_.outputs(kBottleneckTiles)};
+    const auto prepare = [&] {
+      int64_t bytes = 0;
+      for (int64_t size : sizes) bytes += Scratch::bytes<T>(size);
+      Own own{Scratch(bytes), nullptr, nullptr, nullptr, nullptr};
+      own.panel = own.scratch.template take<T>(sizes[0]);
+      own.transformed = own.scratch.template take<T>(sizes[1]);
+      own.products = own.scratch.template take<T>(sizes[2]);
+      own.pixels = own.scratch.template take<T>(sizes[3]);
+      return own;
+    };
+    const int64_t layers = layers_.size();
+    const auto count = [&](int64_t phase) {
+      if (phase == 0) return block_.in_channels * batch_ + largest_;
+      const BottleneckMaps maps = group((phase - 1) / (2 * layers)).maps;
+      const Split s = split(maps);
+      return phase % 2 ? s.panels * s.blocks : s.tiles;
+    };
+    parallel_phases(1 + 2 * layers * groups_, prepare, count, [&](int64_t phase, int64_t task, Own& own) {
+      if (phase == 0) return start(task);
+      const Group g = group((phase - 1) / (2 * layers));
+      const BottleneckLayer<T>& layer = layers_[(phase - 1) / 2 % layers];
+      const Split s = split(g.maps);
+      const auto share = [](int64_t i, int64_t pieces, int64_t count) { return i * count / pieces; };
+      if (phase % 2) {
+        const int64_t n = g.maps.batch * g.maps.pixels(), panel = task / s.blocks, part = task % s.blocks;
+        const int64_t first = share(panel, s.panels, n), end = share(panel + 1, s.panels, n);
+        const int64_t blocks = maps_.wide / kBottleneckBlock;
+        DNL_ISA_CALL(bottleneck_expand<T>(g.maps, layer, g.states, first, end - first, share(part, s.blocks, blocks),
+                                          share(part + 1, s.blocks, blocks), own.panel, z_));
+      } else {
+        const int64_t n = g.maps.tiles(), first = share(task, s.tiles, n), end = share(task + 1, s.tiles, n);
+        DNL_ISA_CALL(bottleneck_contract<T>(g.maps, layer, z_, first, end - first, own.transformed, own.products,
+                                            own.pixels, g.states));
+      }
+    });
+  }
+
+ private:
+  struct Group {
+    BottleneckMaps maps;
+    T* states;
+  };
+  struct Split {
+    int64_t panels, blocks, tiles;  // tasks: pixels x blocks of outputs, tiles
+  };
+
+  Group group(int64_t i) const {
+    const int64_t first = i * batch_ / groups_;
+    Group g{maps_, states_ + first * maps_.image_stride};
+    g.maps.batch = (i + 1) * batch_ / groups_ - first;
+    return g;
+  }
+  Split split(const BottleneckMaps& maps) const {
+    const int64_t pixels = maps.batch * maps.pixels(), blocks = maps.wide / kBottleneckBlock;
+    Split s{pieces_of(pixels, kBottleneckPanel, 12, threads_), 1, pieces_of(maps.tiles(), kBottleneckTiles, 4, threads_)};
+    if (s.panels < threads_) s.blocks = std::min(blocks, (threads_ + s.panels - 1) / s.panels);
+    return s;
+  }
+  void start(int64_t task) const {
+    if (task >= block_.in_channels * batch_) {
+      T* image = z_ + (task - block_.in_channels * batch_) * maps_.image();
+      std::fill(image, image + maps_.image(), T(0));
+      return;
+    }
+    const int64_t image = task / block_.in_channels, channel = task % block_.in_channels;
+    const T* from = at(x0_, image, channel).data;
+    std::copy(from, from + maps_.pixels(), states_ + image * maps_.image_stride + channel * maps_.pixels());
+  }
+
+  const Block& block_;
+  Planes<const T> x0_;
+  T *states_, *z_ = nullptr;
+  int64_t batch_, groups_, largest_, threads_ = 1;
+  BottleneckMaps maps_;
+  std::vector<BottleneckLayer<T>> layers_;
+};
+
+Tensor dnl_bottleneck_eval(const Tensor& x0_in, const Tensor& packed, const std::vector<int64_t>& connectivity,
+                           int64_t growth, int64_t bottleneck, const std::string& activation) {
+  DNL_CHECK(x0_in.dim() == 4, "dnl_bottleneck: x0");
+  const Tensor x0 = with_dense_planes(x0_in);
+  const Block block(x0.size(1), growth, bottleneck, connectivity);
+  DNL_CHECK(packed.scalar_type() == x0.scalar_type() && packed.is_contiguous() && packed.numel() == block.packed,
+            "dnl_bottleneck: packed weights of another block");
+  const Activation act = activation_of(activation);
+  Tensor states = in_large_pages(
+      torch::stable::new_empty(x0, {x0.size(0), block.channels(), x0.size(2), x0.size(3)}));
+  if (states.numel() == 0) return narrowed(states, x0_in.scalar_type());
+  dispatch_float("dnl_bottleneck", x0.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Evaluation<T> evaluation(block, x0, static_cast<const T*>(packed.data_ptr()), act,
+                             static_cast<T*>(states.data_ptr()));
+    Tensor z = in_large_pages(torch::stable::new_empty(x0, {evaluation.z_size()}));
+    evaluation.run(static_cast<T*>(z.data_ptr()));
+  });
+  return narrowed(states, x0_in.scalar_type());
+}
+
+}  // namespace
+}  // namespace dnl
+
+STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
+  m.impl("dnl_bottleneck_pack", TORCH_BOX(&dnl::dnl_bottleneck_pack));
+  m.impl("dnl_bottleneck_eval", TORCH_BOX(&dnl::dnl_bottleneck_eval));
+}

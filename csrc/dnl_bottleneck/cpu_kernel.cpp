@@ -1,0 +1,220 @@
+// Loops of params.h.
+#include "common/activation.h"
+#include "common/product.h"
+#include "common/vec.h"
+#include "dnl_bottleneck/params.h"
+
+namespace dnl::DNL_ISA {
+namespace {
+
+static_assert(kBottleneckBlock == kOutputBlock);
+
+// Consecutive pixels of one image: where they lie in a channel of the states, and in a row of the panel.
+struct Run {
+  int64_t from;
+  int to, count;
+};
+
+// panel[c][p] = act(scale_c * x_c[p] + shift_c) for the channels of a span, rows kBottleneckPanel apart. A store may run
+// into the next run or row, which is written later.
+template <class T, Activation A>
+DNL_INLINE void load_panel(const T* x, int64_t channel_stride, int64_t channels, const T* scale, const T* shift,
+                           const Run* runs, int run_count, T* panel) {
+  constexpr int lanes = kLanes<T>;
+  for (int64_t c = 0; c < channels; c++, x += channel_stride, panel += kBottleneckPanel) {
+    const Vec<T> s = broadcast(scale[c]), h = broadcast(shift[c]);
+    for (int r = 0; r < run_count; r++) {
+      const T* from = x + runs[r].from;
+      T* to = panel + runs[r].to;
+      Vec<T> value, slope;
+      int i = 0;
+      for (; i + lanes <= runs[r].count; i += lanes) {
+        activate<T, A>(load(from + i) * s + h, value, slope);
+        store(to + i, value);
+      }
+      if (i < runs[r].count) {
+        activate<T, A>(load_partial(from + i, runs[r].count - i) * s + h, value, slope);
+        store(to + i, value);
+      }
+    }
+  }
+}
+
+// Winograd's F(2, 3) along one axis: B^T d and A^T m; G is applied when filters are packed.
+template <class V>
+DNL_INLINE void input_transform(V& a, V& b, V& c, V& d) {
+  const V first = a - c, second = b + c, third = c - b, last = b - d;
+  a = first;
+  b = second;
+  c = third;
+  d = last;
+}
+template <class V>
+DNL_INLINE void output_transform(V a, V b, V c, V d, V& first, V& second) {
+  first = a + b + c;
+  second = b - c - d;
+}
+
+// Of one tile, whose first pixel is z: to[point][channel / 16][.][channel % 16].
+template <class T>
+DNL_INLINE void transform_tile(const T* z, int64_t row, int64_t wide, int64_t tiles, int64_t point_stride, T* to) {
+  for (int64_t c = 0; c < wide; c += kOutputBlock, to += tiles * kOutputBlock)
+#pragma GCC unroll 8
+    for (int i = 0; i < kOutputBlock; i += kLanes<T>) {
+      Vec<T> d[4][4];
+#pragma GCC unroll 4
+      for (int x = 0; x < 4; x++) {
+#pragma GCC unroll 4
+        for (int y = 0; y < 4; y++) d[y][x] = load(z + y * row + x * wide + c + i);
+        input_transform(d[0][x], d[1][x], d[2][x], d[3][x]);
+      }
+#pragma GCC unroll 4
+      for (int y = 0; y < 4; y++) {
+        input_transform(d[y][0], d[y][1], d[y][2], d[y][3]);
+#pragma GCC unroll 4
+        for (int x = 0; x < 4; x++) store(to + (4 * y + x) * point_stride + i, d[y][x]);
+      }
+    }
+}
+
+// The 2 x 2 pixels of a tile from its 16 products, rows of pixels `row` apart.
+template <class T>
+DNL_INLINE void output_tile(const T* products, int64_t point_stride, int64_t growth, int64_t row, T* pixels) {
+  for (int64_t o = 0; o < growth; o += kLanes<T>) {
+    Vec<T> half[2][4];
+#pragma GCC unroll 4
+    for (int x = 0; x < 4; x++) {
+      const T* m = products + x * point_stride + o;
+      output_transform(load(m), load(m + 4 * point_stride), load(m + 8 * point_stride), load(m + 12 * point_stride),
+                       half[0][x], half[1][x]);
+    }
+#pragma GCC unroll 2
+    for (int y = 0; y < 2; y++) {
+      Vec<T> left, right;
+      output_transform(half[y][0], half[y][1], half[y][2], half[y][3], left, right);
+      store(pixels + y * row + o, left);
+      store(pixels + y * row + growth + o, right);
+    }
+  }
+}
+
+// to_o[x] = pixels[x][o] for x < width, o < outputs
+template <class T>
+DNL_INLINE void store_channels_first(const T* pixels, int64_t growth, int64_t width, int64_t outputs, T* to,
+                                     int64_t channel_stride) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t x = 0; x < width; x += lanes)
+    for (int64_t o = 0; o < outputs; o += lanes) {
+      Vec<T> rows[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; i++) rows[i] = load(pixels + (x + i) * growth + o);
+      transpose<T>(rows);
+      T* out = to + o * channel_stride + x;
+      if (x + lanes <= width && o + lanes <= outputs) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; i++) store(out + i * channel_stride, rows[i]);
+        continue;
+      }
+      const int left = int(width - x < lanes ? width - x : lanes);
+      const int64_t rest = outputs - o < lanes ? outputs - o : lanes;
+      for (int64_t i = 0; i < rest; i++) store_partial(out + i * channel_stride, rows[i], left);
+    }
+}
+
+}  // namespace
+
+template <class T>
+void bottleneck_expand(const BottleneckMaps& maps, const BottleneckLayer<T>& layer, const T* states, int64_t first,
+                       int64_t count, int64_t begin, int64_t end, T* panel, T* z) {
+  Run runs[kBottleneckPanel];
+  int64_t rows[kBottleneckPanel];  // where the pixels lie in z
+  int run_count = 0;
+  const int64_t area = maps.pixels(), width = maps.width;
+  for (int64_t p = 0; p < count;) {
+    const int64_t image = (first + p) / area, at = (first + p) % area;
+    const int64_t n = area - at < count - p ? area - at : count - p;
+    runs[run_count++] = {image * maps.image_stride + at, int(p), int(n)};
+    for (int64_t y = at / width, x = at % width, i = 0; i < n; i++) {
+      rows[p + i] = image * maps.image() + (y + 1) * maps.row() + (x + 1) * maps.wide;
+      if (++x == width) x = 0, y++;
+    }
+    p += n;
+  }
+
+  const bool relu = layer.activation == Activation::relu;
+  const int64_t parts = (layer.channels + kBottleneckDepth - 1) / kBottleneckDepth;
+  const Span* span = layer.spans;
+  int64_t used = 0;  // channels of the span
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t from = part * layer.channels / parts, depth = (part + 1) * layer.channels / parts - from;
+    for (int64_t c = 0; c < depth;) {
+      const int64_t n = span->count - used < depth - c ? span->count - used : depth - c;
+      dispatch_activation(layer.activation, [&]<Activation A>() {
+        load_panel<T, A>(states + (span->first + used) * area, area, n, layer.scale + from + c, layer.shift + from + c,
+                         runs, run_count, panel + c * kBottleneckPanel);
+      });
+      c += n;
+      used += n;
+      if (used == span->count) span++, used = 0;
+    }
+    const T floor = relu && part + 1 == parts ? T(0) : T(-__builtin_inf());
+    const Product<T> p{panel, 1,    0,          depth,    layer.weight + from * kOutputBlock, layer.channels * kOutputBlock,
+                       z,     rows, layer.bias, part > 0, floor};
+    product<T, kBottleneckPanel, 1>(p, count, begin, end);
+  }
+  if (relu || layer.activation == Activation::identity) return;
+  dispatch_activation(layer.activation, [&]<Activation A>() {
+    for (int64_t p = 0; p < count; p++)
+      for (int64_t o = begin * kOutputBlock; o < end * kOutputBlock; o += kLanes<T>) {
+        Vec<T> value, slope;
+        activate<T, A>(load(z + rows[p] + o), value, slope);
+        store(z + rows[p] + o, value);
+      }
+  });
+}
+
+template <class T>
+void bottleneck_contract(const BottleneckMaps& maps, const BottleneckLayer<T>& layer, const T* z, int64_t first,
+                         int64_t count, T* transformed, T* products, T* pixels, T* states) {
+  const int64_t columns = maps.tile_columns(), per_image = maps.tile_rows() * columns;
+  const int64_t in_stride = maps.input_point(count), out_stride = maps.output_point(count);
+  for (int64_t t = 0; t < count; t++) {
+    const int64_t tile = first + t, at = tile % per_image;
+    const T* from = z + tile / per_image * maps.image() + at / columns * 2 * maps.row() + at % columns * 2 * maps.wide;
+    transform_tile(from, maps.row(), maps.wide, count, in_stride, transformed + t * kOutputBlock);
+  }
+
+  int64_t rows[kBottleneckTiles];
+  for (int64_t t = 0; t < count; t++) rows[t] = t * maps.growth;
+  const int64_t filter = maps.wide * maps.growth;
+  for (int64_t point = 0; point < kWinogradPoints; point++) {
+    const Product<T> p{transformed + point * in_stride, maps.wide / kOutputBlock, count * kOutputBlock, kOutputBlock,
+                       layer.filters + point * filter,  maps.wide * kOutputBlock, products + point * out_stride,
+                       rows,                            nullptr,                  false,
+                       T(-__builtin_inf())};
+    product<T, 1, kOutputBlock>(p, count, 0, maps.growth / kOutputBlock);
+  }
+
+  for (int64_t t = 0; t < count;) {  // tiles of one row of tiles at a time
+    const int64_t image = (first + t) / per_image, at = (first + t) % per_image, y = at / columns * 2;
+    const int64_t x = at % columns * 2, n = columns - at % columns < count - t ? columns - at % columns : count - t;
+    const int64_t row = (2 * n + kBottleneckBlock) * maps.growth;
+    for (int64_t i = 0; i < n; i++)
+      output_tile(products + (t + i) * maps.growth, out_stride, maps.growth, row, pixels + 2 * i * maps.growth);
+    T* to = states + image * maps.image_stride + layer.slot * maps.pixels() + y * maps.width + x;
+    const int64_t width = maps.width - x < 2 * n ? maps.width - x : 2 * n;
+    for (int64_t i = 0; i < 2 && y + i < maps.height; i++)
+      store_channels_first(pixels + i * row, maps.growth, width, layer.outputs, to + i * maps.width, maps.pixels());
+    t += n;
+  }
+}
+
+#define DNL_INSTANTIATE(T)                                                                                           \
+  template void bottleneck_expand<T>(const BottleneckMaps&, const BottleneckLayer<T>&, const T*, int64_t, int64_t,   \
+                                     int64_t, int64_t, T*, T*);                                                      \
+  template void bottleneck_contract<T>(const BottleneckMaps&, const BottleneckLayer<T>&, const T*, int64_t, int64_t, \
+                                       T*, T*, T*, T*);
+DNL_INSTANTIATE(float)
+DNL_INSTANTIATE(double)
+
+}  // namespace dnl::DNL_ISA
