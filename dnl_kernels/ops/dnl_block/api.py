@@ -59,7 +59,7 @@ def dnl_block_with_statistics(
     if backend is not None:
         _backend.select(OP, backend, x0)
     with outside_autocast(x0):
-        if backend == "reference":
+        if backend == "reference" or _backend.decomposes():
             return reference.dnl_block(x0, parameters, config)
         if (chosen := resident.choose(x0, backend)) is not None:
             if (why := resident.limit(x0, parameters, config, backend)) is None:
