@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Tensors = Sequence[Tensor | None]
 
@@ -34,75 +35,98 @@ def differentiable(
     backward(config, doutput, tensors, extra, needs) returns one gradient, or None, for each tensor.
     reference(config, tensors) is the same output in differentiable eager PyTorch. config: static and hashable.
     vjp(config, doutput, tensors, needs), jvp(config, tensors, tangents): in place of a reference, its derivatives.
-    keep_output: the output is kept too, as the first of `extra`.
+    keep_output: the output is kept too, as the first of `extra`. What is returned may be changed in place all the same.
     return_extra: the function returns (output, *extra), of which extra is not differentiable.
     """
 
     pull: Any = vjp or functools.partial(reference_vjp, reference)
     push: Any = jvp or functools.partial(reference_jvp, reference)
 
-    def save(ctx, config, tensors, output):
-        ctx.config, ctx.count, ctx.extra = config, len(tensors), len(output) - 1
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[0 if keep_output else 1 :])
-        ctx.save_for_forward(*tensors)
-
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, config, *tensors):
-            output = forward(config, tensors)
-            save(ctx, config, tensors, output)
-            return output
+            output, *extra = forward(config, tensors)
+            ctx.config, ctx.count, ctx.extra = config, len(tensors), len(extra)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*extra)
+            if keep_output:
+                ctx.save_for_backward(*tensors, output, *extra)
+                output = _written_apart(output)
+            else:
+                ctx.save_for_backward(*tensors, *extra)
+            return output, *extra
 
         @staticmethod
         def backward(ctx, doutput, *_):
             if doutput is None:
                 return (None,) * (1 + ctx.count)
-            tensors, extra = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
-            needs = ctx.needs_input_grad[1:]
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            saved = ctx.saved_tensors  # once: hooks unpack a tensor at every look, a checkpoint only at the first
+            tensors, extra, needs = saved[: ctx.count], saved[ctx.count :], ctx.needs_input_grad[1:]
+            if not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed()):
                 return None, *pull(ctx.config, doutput, tensors, needs)
             gradients = backward(ctx.config, doutput, tensors, extra, needs)
             return None, *(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
     class ForwardModeOperator(Operator):  # apart, since Dynamo refuses a class with a jvp
         @staticmethod
+        def forward(ctx, config, *tensors):
+            output = Operator.forward(ctx, config, *tensors)
+            ctx.save_for_forward(*tensors)
+            return output
+
+        @staticmethod
         def jvp(ctx, _, *tangents):
             tensors = ctx.saved_tensors[: ctx.count]
             return push(ctx.config, tensors, tangents), *(None,) * ctx.extra
 
-    class TransformableOperator(ForwardModeOperator):  # the form that torch.func wants; 25 us slower per call
-        @staticmethod
-        def forward(config, *tensors):  # type: ignore[override]
-            return forward(config, tensors)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            save(ctx, inputs[0], inputs[1:], output)
-
     def call(config, *tensors):
-        form: Any = ForwardModeOperator
         if torch.compiler.is_compiling():
-            form, tensors = Operator, tuple(_distinct(tensors))
-        elif torch._C._are_functorch_transforms_active():
-            form = TransformableOperator
-        output = form.apply(config, *tensors)
+            output = Operator.apply(config, *_distinct(tensors))
+        elif forward_ad._current_level >= 0 or recorded(tensors):
+            output = ForwardModeOperator.apply(config, *tensors)
+        else:
+            output = forward(config, tensors)
         return output if return_extra else output[0]
 
     return call
 
 
+def recorded(tensors: Tensors) -> bool:
+    """Whether autograd records what is computed of these tensors."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def transformed() -> bool:
+    """Whether a gradient is being computed of batched or of dual tensors, of which the kernels know nothing."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _written_apart(output: Tensor) -> Tensor:
+    """The output for the user, who may change it in place, of one that is kept for backward: the same memory until one
+    of the two is written. On the CPU; elsewhere PyTorch refuses the backward pass after a change in place."""
+    if output.device.type != "cpu" or torch.compiler.is_compiling():
+        return output
+    return torch._lazy_clone(output)  # type: ignore[attr-defined]
+
+
 def reference_vjp(reference, config, doutput, tensors, needs):
-    # Views, so that a tensor given twice, or computed from another one, counts as an argument of its own.
-    views = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=True)]
-    wanted = [v for v, needed in zip(views, needs, strict=True) if needed]
-    found = iter(torch.autograd.grad(reference(config, views), wanted, doutput, create_graph=True, allow_unused=True))
+    """J^T doutput, which can be differentiated again where gradients are recorded."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, so that a tensor given twice, or computed from another one, counts as an argument of its own.
+        views = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=True)]
+        wanted = [v for v, needed in zip(views, needs, strict=True) if needed]
+        output = reference(config, views)
+        found = iter(torch.autograd.grad(output, wanted, doutput, create_graph=again, allow_unused=True))
     return [next(found) if needed else None for needed in needs]
 
 
 def reference_jvp(reference, config, tensors, tangents):
-    # J t as the derivative with respect to g of the linear map g -> J^T g, along t.
+    """J t as the derivative with respect to g of the linear map g -> J^T g, along t."""
     needs = [t is not None for t in tangents]
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() if n else x for x, n in zip(tensors, needs, strict=True)]

@@ -86,14 +86,26 @@ def reasons(op: str, backend: str, device: str, dtype: torch.dtype, facts: Mappi
     return found
 
 
+def decomposes() -> bool:
+    """Whether only PyTorch's own operators will do, which the reference consists of: under a transform of torch.func
+    (vmap, grad, jvp and what is made of them), and in an export to ONNX."""
+    return torch._C._are_functorch_transforms_active() or (
+        torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    )
+
+
 def select(op: str, backend: str | None, example: Tensor, **facts: object) -> str:
     """The backend that runs this call: the requested one or an error with every reason, or the best one for None."""
     device, dtype = example.device.type, example.dtype
     if backend is not None:
         check_backend(op, backend)
+        if backend != "reference" and decomposes():
+            raise ValueError(f"{op}: backend='{backend}' has no rule for torch.func's transforms and ONNX; None has")
         if why := reasons(op, backend, device, dtype, facts):
             raise ValueError(f"{op}: backend='{backend}' cannot run this call: " + "; ".join(why))
         return backend
+    if decomposes():
+        return "reference"
     for name in PREFERENCE:
         support = SUPPORTS[op].get(name)
         if support is None or (support.devices and device not in support.devices):

@@ -35,7 +35,7 @@ inline Tensor with_dense_planes(const Tensor& t) {
 
 template <class T>
 Planes<T> planes_of(const Tensor& t) {
-  return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1)};
+  return {elements_of<T>(t), t.stride(0), t.stride(1)};
 }
 template <class T>
 Planes<T> at(Planes<T> p, int64_t image, int64_t channel) {
@@ -43,7 +43,7 @@ Planes<T> at(Planes<T> p, int64_t image, int64_t channel) {
 }
 template <class T>
 const T* data_or_null(const std::optional<Tensor>& t) {
-  return t.has_value() ? static_cast<const T*>(t->data_ptr()) : nullptr;
+  return t.has_value() ? elements_of<const T>(*t) : nullptr;
 }
 
 // Calls body(first, size) for groups of at most kConvGroup channels, as equal as can be.

@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 #ifdef __linux__
 #include <sys/mman.h>
@@ -54,6 +55,14 @@ inline Tensor in_large_pages(Tensor t) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return t;
+}
+
+// The elements; of a const type where they are only read, since asking to write makes a copy of memory that is shared
+// until it is written (the output of an operator that keeps it for its backward).
+template <class T>
+T* elements_of(const Tensor& t) {
+  if constexpr (std::is_const_v<T>) return static_cast<T*>(t.const_data_ptr());
+  else return static_cast<T*>(t.data_ptr());
 }
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {

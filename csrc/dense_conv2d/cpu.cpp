@@ -96,7 +96,7 @@ Stack<const T> read(const Problem& p, const Tile& tile, Planes<const T> x, int64
 template <class T>
 void forward(const Problem& p, const T* bias, Planes<T> y) {
   std::vector<T> packed(p.outputs * p.channels * p.taps);
-  pack_filters(static_cast<const T*>(p.weight.data_ptr()), p.outputs, p.channels, p.taps, T(p.scale), packed.data());
+  pack_filters(elements_of<const T>(p.weight), p.outputs, p.channels, p.taps, T(p.scale), packed.data());
   const int64_t length = p.tiling.largest().length(), block = conv_block(p.taps);
   const int64_t bytes = Scratch::bytes<int64_t>(p.taps) + Scratch::bytes<T>((block + p.outputs) * length);
   parallel_tasks(0, p.tiling.count(), 1, [&](int64_t begin, int64_t end) {
@@ -152,7 +152,7 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
   const int64_t row = 2 * p.channels + p.outputs;  // sums of v and v * x for each channel, of dy for each output
   std::vector<double> sums(chunks * row);
   for (int64_t c = 0, s = 0; pull && s < int64_t(p.states.size()); c += p.states[s++].size(1))
-    pack_transposed(static_cast<const T*>(p.weight.data_ptr()), p.outputs, p.channels, p.taps, T(p.scale), c,
+    pack_transposed(elements_of<const T>(p.weight), p.outputs, p.channels, p.taps, T(p.scale), c,
                     c + p.states[s].size(1), packed.data() + c * p.outputs * p.taps);
 
   const int64_t length = p.tiling.largest().length(), planes = p.outputs + 4 * kConvGroup + 1;

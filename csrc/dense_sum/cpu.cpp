@@ -26,13 +26,13 @@ Prepared prepare(const std::vector<Tensor>& states, const Tensor& weight, int64_
   for (const Tensor& state : states) {
     DNL_CHECK(same_sizes(state, first) && state.scalar_type() == first.scalar_type(), "dense_sum: states differ");
     r.tensors.push_back(widened(state));
-    r.pointers.push_back(r.tensors.back().data_ptr());
+    r.pointers.push_back(r.tensors.back().const_data_ptr());
   }
   DNL_CHECK(weight.scalar_type() == first.scalar_type(), "dense_sum: weight's element type differs");
   const int64_t count = states.size();
   DenseSumParams& p = r.params;
   p.states = r.pointers.data();
-  p.weight = r.weight.data_ptr();
+  p.weight = r.weight.const_data_ptr();
   p.count = count;
   p.outer = p.inner = p.channels = 1;
   if (weight.dim() == 2 + several) {
@@ -92,7 +92,7 @@ std::tuple<std::vector<Tensor>, Tensor> dense_sum_bwd(const Tensor& dy_in, const
   Tensor dweight = torch::stable::new_zeros(in.weight, {need_weight ? in.params.count : 0, in.params.channels});
   dispatch_float("dense_sum", dy.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const T* grad = static_cast<const T*>(dy.data_ptr());
+    const T* grad = elements_of<const T>(dy);
     const int64_t n = dy.numel(), rows = in.params.count * in.params.channels;
     if (need_states) {
       std::vector<T*> out;

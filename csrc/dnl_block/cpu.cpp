@@ -242,7 +242,7 @@ struct Parameters {
 
   template <class T>
   BlockTensors<T> tensors() const {
-    return {static_cast<const T*>(weight.data_ptr()), data_or_null<T>(bias), data_or_null<T>(gamma),
+    return {elements_of<const T>(weight), data_or_null<T>(bias), data_or_null<T>(gamma),
             data_or_null<T>(beta), data_or_null<T>(mean), data_or_null<T>(var)};
   }
 };

@@ -45,11 +45,6 @@ void for_each_channel(const Shape& s, Body body) {
   });
 }
 
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 std::tuple<Tensor, Tensor> norm_activation_moments(const Tensor& x) {
   const Shape s = shape_of(x, {}, {});
   Tensor mean = torch::stable::new_empty(x, {s.channels}), var = torch::stable::new_empty(x, {s.channels});
@@ -67,8 +62,8 @@ std::tuple<Tensor, Tensor> norm_activation_moments(const Tensor& x) {
         middle += delta * n / total;
         count = total;
       }
-      data<T>(mean)[c] = static_cast<T>(middle);
-      data<T>(var)[c] = static_cast<T>(count > 0 ? deviations / count : 0.0);
+      elements_of<T>(mean)[c] = static_cast<T>(middle);
+      elements_of<T>(var)[c] = static_cast<T>(count > 0 ? deviations / count : 0.0);
     });
   });
   return {mean, var};
@@ -89,7 +84,7 @@ void norm_activation_fwd(const Tensor& x, const Tensor& scale, const Tensor& shi
       T* const plane = scratch.take<T>(pool ? s.pixels : 0);
       for (int64_t b = 0; b < s.batch; b++) {
         T* const result = at(to, b, c).data;
-        DNL_ISA_CALL(activate_run<T>(at(from, b, c).data, s.pixels, data<T>(scale)[c], data<T>(shift)[c],
+        DNL_ISA_CALL(activate_run<T>(at(from, b, c).data, s.pixels, elements_of<const T>(scale)[c], elements_of<const T>(shift)[c],
                                      static_cast<const T*>(nullptr), act, pool ? plane : result,
                                      static_cast<T*>(nullptr)));
         if (pool) DNL_ISA_CALL(pool_plane<T>(plane, s.height, s.width, out.size(2), out.size(3), result));
@@ -121,11 +116,11 @@ std::tuple<Tensor, Tensor> norm_activation_pull(const Tensor& dz, const Tensor& 
           DNL_ISA_CALL(unpool_plane<T>(g, s.height, s.width, dz.size(2), dz.size(3), plane));
           g = plane;
         }
-        DNL_ISA_CALL(activate_back_run<T>(g, at(from, b, c).data, s.pixels, data<T>(scale)[c], data<T>(shift)[c],
-                                          data<T>(mean)[c], act, accumulate, at(to, b, c).data, sums));
+        DNL_ISA_CALL(activate_back_run<T>(g, at(from, b, c).data, s.pixels, elements_of<const T>(scale)[c], elements_of<const T>(shift)[c],
+                                          elements_of<const T>(mean)[c], act, accumulate, at(to, b, c).data, sums));
       }
-      data<T>(plain)[c] = static_cast<T>(sums[0]);
-      data<T>(moment)[c] = static_cast<T>(sums[1]);
+      elements_of<T>(plain)[c] = static_cast<T>(sums[0]);
+      elements_of<T>(moment)[c] = static_cast<T>(sums[1]);
     });
   });
   return {plain, moment};
@@ -141,8 +136,8 @@ void norm_activation_correct(const Tensor& x, const Tensor& rate, const Tensor& 
     const Planes<T> to = planes_of<T>(total);
     for_each_channel(s, [&](int64_t c) {
       for (int64_t b = 0; b < s.batch; b++)
-        DNL_ISA_CALL(correct_run<T>(at(from, b, c).data, s.pixels, data<T>(rate)[c], data<T>(mean)[c],
-                                    data<T>(constant)[c], at(to, b, c).data));
+        DNL_ISA_CALL(correct_run<T>(at(from, b, c).data, s.pixels, elements_of<const T>(rate)[c], elements_of<const T>(mean)[c],
+                                    elements_of<const T>(constant)[c], at(to, b, c).data));
     });
   });
 }

@@ -125,7 +125,7 @@ def dnl_layer(
     )
     chosen = fused.choose(states, named, config, backend)
     with outside_autocast(states[0]):
-        if backend == "reference":
+        if backend == "reference" or _backend.decomposes():
             return reference.dnl_layer(*arguments)
         if chosen is not None:
             return fused.dnl_layer(states, named, config, chosen)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._autograd import reference_jvp, reference_vjp
+from ..._autograd import reference_jvp, reference_vjp, transformed
 from .reference import Config, nonlocal_attention
 
 TILE_NUMBERS = 2**20  # of the weights of a tile, or one query of each sample and head
@@ -27,7 +27,7 @@ def vjp(config: Config, doutput: Tensor, tensors: Sequence[Any], needs: Sequence
             return reference_vjp(_reference(first), config, doutput, tensors, needs)
 
         arguments = (doutput[columns], query[columns], *others)
-        keep = len(tiles) == 1 or torch._C._are_functorch_transforms_active()
+        keep = len(tiles) == 1 or transformed()
         dquery, *found = gradients(*arguments) if keep else _Recomputed.apply(gradients, *arguments)
         dqueries.append(dquery)
         for i, gradient in enumerate(found, 1):

@@ -30,6 +30,8 @@ def limit(x: Tensor, mean: Tensor | None, pool: str | None = None) -> str | None
         return "nothing would be left of the images"
     if torch.compiler.is_compiling():
         return "a compiler fuses the reference itself"
+    if _backend.decomposes():
+        return "a transform of torch.func is for PyTorch's own operators"
     return _backend.absence("cpu")
 
 
