@@ -3,15 +3,11 @@
 y_l = A_l x_0 + a_l + tau sum_{j<=l} (K_{l,j} x_j + b_{l,j}),  x_{l+1} = sigma(N(y_l; theta_l)): arXiv 2510.02049.
 """
 
+from . import functional
+from .functional import dense_conv2d, dense_linear, dense_sum, dnl_block, dnl_layer, nonlocal_attention
 from .nn import DenseSum, DNLBlock, DNLNet, NonLocal2d
-from .ops.dense_conv2d.api import dense_conv2d
-from .ops.dense_linear.api import dense_linear
-from .ops.dense_sum.api import dense_sum
-from .ops.dnl_block.api import dnl_block
 from .ops.dnl_block.config import BlockConfig, LayerParameters
-from .ops.dnl_layer.api import dnl_layer
 from .ops.dnl_layer.config import NonLocalParameters
-from .ops.nonlocal_attention.api import nonlocal_attention
 
 __version__ = "0.1.0"
 
@@ -28,5 +24,6 @@ __all__ = [
     "dense_sum",
     "dnl_block",
     "dnl_layer",
+    "functional",
     "nonlocal_attention",
 ]

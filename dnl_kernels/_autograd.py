@@ -110,7 +110,7 @@ def _written_apart(output: Tensor) -> Tensor:
     of the two is written. On the CPU; elsewhere PyTorch refuses the backward pass after a change in place."""
     if output.device.type != "cpu" or torch.compiler.is_compiling():
         return output
-    return torch._lazy_clone(output)  # type: ignore[attr-defined]
+    return torch._lazy_clone(output)
 
 
 def reference_vjp(reference, config, doutput, tensors, needs):

@@ -356,7 +356,7 @@ SCHEMAS: dict[str, Schema] = {
         _dnl_bottleneck_bwd,
         _BOTTLENECK,
     ),
-    # CPU, in evaluation: the layers' weights as the kernels read them, normalisations folded in, and the block with them.
+    # CPU, in evaluation: the weights as the kernels read them, normalisations folded in, and the block with them.
     # Never seen by autograd or torch.compile.
     "dnl_bottleneck_pack": Schema(
         "(Tensor?[] tensors, int[] connectivity, int in_channels, int growth_rate, int bottleneck, bool norm,"

@@ -7,6 +7,7 @@ import platform
 import torch
 
 from . import __version__, _backend, _builder, _extension
+from .ops.dnl_block.api import ROUTES
 
 
 def facts() -> dict[str, str]:
@@ -37,8 +38,13 @@ def backends() -> dict[str, str]:
     return table
 
 
+def implementations() -> dict[str, str]:
+    """What a block may run on, the fastest first; `DNLBlock.explain(x)` says which of them does, and why."""
+    return {f"{at}.": route.name for at, route in enumerate(ROUTES[1:], 1)}
+
+
 def main() -> None:
-    for title, rows in (("facts", facts()), ("backends", backends())):
+    for title, rows in (("facts", facts()), ("backends", backends()), ("blocks run as", implementations())):
         print(title)
         for name, text in rows.items():
             print(f"  {name:<20}{text}")

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._autograd import recorded
+from .._backend import decomposes
 from ..ops.dnl_block import api
 from ..ops.dnl_block.config import BlockConfig, LayerParameters, Statistics
+from ..ops.dnl_block.kept import PLAIN, Kept
 from ..ops.dnl_block.statistics import gather
 from . import layers as dense_layers
 from . import running_statistics
@@ -29,6 +32,7 @@ class Segment(NamedTuple):
     layers: list[DenseLayer]
     config: BlockConfig | None
     reason: str = ""
+    kept: Any = None  # of evaluation: Kept
 
 
 class Plan:
@@ -129,10 +133,12 @@ class Plan:
         if not dense_layers.plain_tensors([t for row in given for t in row.values()]):
             return None
         x0 = states[0] if len(states) == 1 else torch.cat(states, self.axis)
-        parameters = [LayerParameters(**row) for row in given]
-        buffer, statistics = api.dnl_block_with_statistics(x0, parameters, config, backend=backend)
-        if statistics is not None:
-            running_statistics.update(_batch_statistics(segment, statistics), statistics.elements)
+        buffer = self._evaluate(segment, x0, given, backend)
+        if buffer is None:
+            parameters = [LayerParameters(**row) for row in given]
+            buffer, statistics = api.dnl_block_with_statistics(x0, parameters, config, backend=backend)
+            if statistics is not None:
+                running_statistics.update(_batch_statistics(segment, statistics), statistics.elements)
         if alone:
             return [buffer]
         found, at = [], 0
@@ -140,6 +146,26 @@ class Plan:
             found.append(buffer.narrow(self.axis, at, width))
             at += width
         return found
+
+    def _evaluate(
+        self, segment: Segment, x0: Tensor, given: list[dict[str, Tensor | None]], backend: str | None
+    ) -> Tensor | None:
+        """The states buffer from weights that are kept packed between evaluations; None where nothing is."""
+        config: Any = segment.config
+        if (config.training and config.norm is not None) or type(x0) not in PLAIN or torch.compiler.is_compiling():
+            return None
+        tensors = [t for row in given for t in row.values() if t is not None]
+        tangents = torch.autograd.forward_ad._current_level >= 0
+        if recorded([x0, *tensors]) or tangents or decomposes() or torch.is_autocast_enabled(x0.device.type):
+            return None
+        if x0.shape[self.axis] != config.in_channels:
+            return None
+
+        def make():
+            return api.prepare(x0, [LayerParameters(**row) for row in given], config, backend)
+
+        prepared = segment.kept.get(tensors, (backend, x0.dtype, x0.device), make)
+        return None if prepared is None else prepared(x0)
 
     def reasons(self, block: nn.Module, x: Tensor) -> list[tuple[str, str | None]]:
         """Every layer by its name, with None where a kernel runs it, or why its modules are called."""
@@ -177,7 +203,8 @@ def _segment(run: Sequence[DenseLayer], kind: LayerKind, width: Any, first: bool
     )
     fields: dict[str, Any] = {**kind._asdict(), **dict(kind.options)}
     del fields["options"]
-    return Segment(list(run), BlockConfig(in_channels=width, num_layers=len(run), connectivity=rows, **fields))
+    config = BlockConfig(in_channels=width, num_layers=len(run), connectivity=rows, **fields)
+    return Segment(list(run), config, kept=Kept())
 
 
 def _batch_statistics(segment: Segment, found: Statistics) -> list[tuple[Any, Tensor, Tensor]]:

@@ -290,3 +290,45 @@ def test_an_activation_module_and_dropout():
         DNLBlock(4, 2, [1, 2, 3])
     with pytest.raises(ValueError, match="spatial_dims is 4"):
         DNLBlock(4, 2, 2, spatial_dims=4)
+
+
+@pytest.mark.parametrize("form", ["densenet", "bottleneck"])
+def test_kept_weights_follow_every_change(form):
+    block = block_of(form, dtype=torch.float32).eval()
+    x = input_of(form).detach().float()
+
+    def check(message):
+        with torch.no_grad():
+            torch.testing.assert_close(block(x), one_by_one(block, x), rtol=1e-4, atol=1e-4, msg=message)
+
+    check("first")
+    kept = block._plan.segments(block, x)[0].kept
+    made = kept._entry.made
+    check("again")
+    assert kept._entry.made is made  # nothing was packed again
+    layer = block.layers[1]
+    with torch.no_grad():
+        layer.affine.weight.mul_(1.5)
+    check("in place")
+    assert kept._entry.made is not made
+    layer.affine.weight.data.mul_(0.5)
+    check("through .data")
+    layer.norm.weight.data[0] += 1
+    check("one number of a vector, through .data")
+    layer.norm.running_mean.data.add_(1)
+    check("a buffer through .data")
+    layer.affine.weight.data = torch.randn_like(layer.affine.weight)
+    check("another .data")
+    layer.affine.weight = nn.Parameter(torch.randn_like(layer.affine.weight))
+    check("another parameter")
+    block.load_state_dict({name: t + 0.1 for name, t in block.state_dict().items()})
+    check("load_state_dict")
+    layer.affine.weight.data = torch.randn(1, *layer.affine.weight.shape[1:]).expand(layer.affine.weight.shape)
+    check("an expanded weight, whose memory is smaller than it says")
+    assert kept._entry is None
+    block.double(), (x := x.double())
+    check("another dtype")
+    y = block(x.requires_grad_())  # recorded: not from packed weights
+    assert y.requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(block(x), y)

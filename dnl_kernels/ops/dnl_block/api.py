@@ -68,6 +68,21 @@ def dnl_block_with_statistics(
     raise AssertionError("the last route takes every call")
 
 
+def prepare(
+    x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig, backend: str | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """The block as a function of x0 alone, for evaluation without gradients: everything checked, the weights packed. It
+    takes every input of the dtype, device and channels of x0. None if the implementation of the call has no such form.
+    """
+    if config.training and config.norm is not None:
+        return None
+    _check_parameters(x0, parameters, config)
+    for route in ROUTES:
+        if route.limit(x0, parameters, config, backend) is None:
+            return None if route.prepare is None else route.prepare(x0, parameters, config, backend)
+    return None
+
+
 def explain(
     x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig, backend: str | None = None
 ) -> tuple[str, dict[str, str]]:
@@ -87,12 +102,14 @@ class Route(NamedTuple):
     limit(x0, parameters, config, backend): why it cannot run the call, or None.
     run(x0, parameters, config, backend): the states buffer, and the batch statistics if it measured any.
     logged(x0, backend): whether a refusal is worth a line in the log.
+    prepare: see the function of this name.
     """
 
     name: str
     limit: Callable[..., str | None]
     run: Callable[..., tuple[Tensor, Statistics | None]]
     logged: Callable[..., bool] = lambda x0, backend: False
+    prepare: Callable[..., Callable[[Tensor], Tensor]] | None = None
 
 
 def _asked_for_reference(x0, parameters, config, backend) -> str | None:
@@ -110,8 +127,14 @@ ROUTES = (  # best first
         lambda x, p, c, b: (resident.dnl_block(x, p, c, resident.choose(x, b) or ""), None),
         lambda x, b: resident.choose(x, b) is not None,
     ),
-    Route("whole block", fused.limit, lambda x, p, c, b: fused.dnl_block(x, p, c, fused.choose(x, b) or "")),
-    Route("bottleneck block", bottleneck.limit, lambda x, p, c, b: bottleneck.dnl_block(x, p, c)),
+    Route(
+        "whole block", fused.limit, lambda x, p, c, b: fused.dnl_block(x, p, c, fused.choose(x, b) or ""),
+        prepare=fused.prepare,
+    ),
+    Route(
+        "bottleneck block", bottleneck.limit, lambda x, p, c, b: bottleneck.dnl_block(x, p, c),
+        prepare=bottleneck.prepare,
+    ),
     Route("non-local block", non_local.limit, lambda x, p, c, b: non_local.dnl_block(x, p, c)),
     Route("one operator after the other", _limit_of_composition, composition.dnl_block),
     Route("eager PyTorch", lambda *_: None, lambda x, p, c, b: reference.dnl_block(x, p, c)),

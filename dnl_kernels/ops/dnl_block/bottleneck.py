@@ -10,7 +10,7 @@ Kept for backward: the states, and what each layer's 1x1 convolution made (b * G
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from ... import _backend
 from ..._autograd import differentiable
 from . import reference
 from .config import BlockConfig, LayerParameters, Statistics
-from .derived import DerivedCache
 from .prefix import Corrections, Norm, Prefix, flattened, keeps, triangle_of, wide_dtype
 
 NAMES = (
@@ -54,7 +53,7 @@ def dnl_block(
     tensors = [getattr(p, name) for p in parameters for name in NAMES]
     keep = keeps((x0, *tensors))
     if not keep and (config.norm is None or not config.training) and not _has_tangents():
-        return evaluate(x0, packed_weights(tensors, x0, config), config), None
+        return evaluate(x0, pack(tensors, config), config), None
     states, _, mean, var, inner_mean, inner_var = _function((config, keep), x0, *tensors)
     if config.norm is None or not config.training:
         return states, None
@@ -79,12 +78,12 @@ def evaluate(x0: Tensor, packed: Tensor, config: BlockConfig) -> Tensor:
     )  # fmt: skip
 
 
-def packed_weights(tensors: Sequence[Tensor | None], x0: Tensor, config: BlockConfig) -> Tensor:
-    """`pack`, kept until one of the tensors is another one or has changed."""
-    return _packed_cache.get(tensors, (x0.dtype, config), lambda: pack(tensors, config))
-
-
-_packed_cache = DerivedCache()
+def prepare(
+    x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig, backend: str | None
+) -> Callable[[Tensor], Tensor]:
+    """The evaluated block as a function of x0, its weights packed."""
+    packed = pack([getattr(p, name) for p in parameters for name in NAMES], config)
+    return lambda x0: evaluate(x0, packed, config)
 
 
 def _has_tangents() -> bool:

@@ -7,7 +7,7 @@ of state 0 and the bias (paper's order, where nothing stands between a state and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -172,6 +172,17 @@ def _dtypes(x0: Tensor, backend: str) -> tuple[torch.dtype, torch.dtype]:
     """Of the parameters, and of the states: what the CPU kernels compute in, or the states' own."""
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
     return dtype, dtype if backend == "cpu" else x0.dtype
+
+
+def prepare(
+    x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig, backend: str | None
+) -> Callable[[Tensor], Tensor]:
+    """The evaluated block as a function of x0, its weights packed."""
+    chosen = choose(x0, backend) or ""
+    dtype, stored = _dtypes(x0, chosen)
+    packed, static = pack(config, x0, parameters, dtype), static_arguments(config)
+    kernel = _backend.kernel(chosen, "dnl_block_fwd")
+    return lambda x0: kernel(x0.to(stored), *packed, *static)[0].to(x0.dtype)
 
 
 def _forward(call, tensors):
