@@ -8,6 +8,7 @@ imported at the first call. Autograd is not registered here: see _autograd.py.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -173,13 +174,13 @@ def _dnl_block_bwd(
 
 
 def _dnl_bottleneck_fwd(x0, tensors, keep, connectivity, growth_rate, bottleneck, norm, training, activation, tau, eps):
-    batch, in_channels, height, width = x0.shape
+    batch, in_channels, *spatial = x0.shape
     layers, wide = _layers(connectivity), growth_rate * bottleneck
     channels, measured = in_channels + layers * growth_rate, norm and training
     vector = x0.new_empty(channels if measured else 0, dtype=_accumulation_dtype(x0))
     inner = vector.new_empty(layers if measured else 0, wide)
-    states = x0.new_empty((batch, channels, height, width))
-    kept = x0.new_empty(layers if keep else 0, wide * batch * height * width)
+    states = x0.new_empty((batch, channels, *spatial))
+    kept = x0.new_empty(layers if keep else 0, wide * batch * math.prod(spatial))
     return states, kept, vector, torch.empty_like(vector), inner, torch.empty_like(inner)
 
 
@@ -188,11 +189,11 @@ def _dnl_bottleneck_bwd(
     training, activation, tau, eps,
 ):  # fmt: skip
     layers = _layers(connectivity)
-    batch, channels, height, width = states.shape
+    batch, channels, *spatial = states.shape
     size = len(tensors) // layers
     trainable = [t for i, t in enumerate(tensors) if i % size not in (4, 5, 9, 10)]  # all but statistics
     return (
-        states.new_empty((batch, channels - layers * growth_rate, height, width)),
+        states.new_empty((batch, channels - layers * growth_rate, *spatial)),
         [states.new_empty(0) if t is None else t.new_empty(t.shape) for t in trainable],
     )
 

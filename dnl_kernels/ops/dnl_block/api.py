@@ -109,7 +109,7 @@ class Route(NamedTuple):
     limit: Callable[..., str | None]
     run: Callable[..., tuple[Tensor, Statistics | None]]
     logged: Callable[..., bool] = lambda x0, backend: False
-    prepare: Callable[..., Callable[[Tensor], Tensor]] | None = None
+    prepare: Callable[..., Callable[[Tensor], Tensor] | None] | None = None
 
 
 def _asked_for_reference(x0, parameters, config, backend) -> str | None:

@@ -10,6 +10,7 @@ Kept for backward: the states, and what each layer's 1x1 convolution made (b * G
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -36,8 +37,6 @@ def limit(x0: Tensor, parameters: Sequence[Any], config: BlockConfig, backend: s
         return "the fused bottleneck is a CPU kernel"
     if config.bottleneck is None or config.kernel != "local" or not config.preactivation or config.input_skip:
         return "the fused bottleneck is a DenseNet-BC block: pre-activation, kernel='local', no input skip"
-    if config.spatial_dims != 2:
-        return f"the fused bottleneck takes images, not {config.spatial_dims} dimensions"
     if any(t is not None and t.requires_grad for p in parameters for n, t in zip(p._fields, p, strict=True)
            if n.endswith(("norm_mean", "norm_var"))):  # fmt: skip
         return "the fused bottleneck takes given statistics as constants"
@@ -52,7 +51,7 @@ def dnl_block(
         parameters = [p._replace(**none) for p in parameters]
     tensors = [getattr(p, name) for p in parameters for name in NAMES]
     keep = keeps((x0, *tensors))
-    if not keep and (config.norm is None or not config.training) and not _has_tangents():
+    if not keep and config.spatial_dims == 2 and (config.norm is None or not config.training) and not _has_tangents():
         return evaluate(x0, pack(tensors, config), config), None
     states, _, mean, var, inner_mean, inner_var = _function((config, keep), x0, *tensors)
     if config.norm is None or not config.training:
@@ -80,8 +79,10 @@ def evaluate(x0: Tensor, packed: Tensor, config: BlockConfig) -> Tensor:
 
 def prepare(
     x0: Tensor, parameters: Sequence[LayerParameters], config: BlockConfig, backend: str | None
-) -> Callable[[Tensor], Tensor]:
-    """The evaluated block as a function of x0, its weights packed."""
+) -> Callable[[Tensor], Tensor] | None:
+    """The evaluated block as a function of x0, its weights packed; None where that is for images."""
+    if config.spatial_dims != 2:
+        return None
     packed = pack([getattr(p, name) for p in parameters for name in NAMES], config)
     return lambda x0: evaluate(x0, packed, config)
 
@@ -132,16 +133,24 @@ def _layers(tensors: Sequence[Tensor | None], count: int) -> list[Any]:
     return [LayerParameters(**dict(zip(NAMES, row, strict=True))) for row in rows]
 
 
+def _as_images(x: Tensor) -> Tensor:
+    """[B, C, *spatial] as [B, C, H, W], a view: all that is not the 3x3 convolution asks for positions only."""
+    return x.view(*x.shape[:2], math.prod(x.shape[2:-1]), x.shape[-1])
+
+
 class _Run(Prefix):
     """One pass over the block: the buffers, and the steps that both directions share, in float32 at least.
+
+    states: [B, C, *spatial]. In one or three dimensions the 3x3 convolution is PyTorch's.
 
     A layer's product takes one image at a time where its rows are long enough, [B, C, H * W], and all images as one
     matrix where they are not, [C, B * H * W].
     """
 
     def __init__(self, config: BlockConfig, states: Tensor, inner: Tensor, layers: Sequence[Any]):
-        super().__init__(config, states, layers)
-        self.batch, _, self.height, self.width = states.shape
+        super().__init__(config, _as_images(states), layers)
+        self.batch, _, *self.spatial = states.shape
+        self.height, self.width = self.states.shape[2:]
         self.pixels = self.height * self.width
         self.wide = config.growth_rate * (config.bottleneck or 1)
         self.single = self.pixels >= LONG
@@ -190,13 +199,14 @@ class _Run(Prefix):
         z = self.states.new_empty(self.batch, self.wide, self.height, self.width)
         y = self.planes(self.output(layer))
         self.ops.norm_activation_fwd(y, norm.scale, norm.shift, self.config.activation, z)
-        return z
+        return z.view(self.batch, self.wide, *self.spatial)
 
     def convolve(self, layer: int, norm: Norm) -> Tensor:
         """The 3x3 convolution of act(norm(y)): by dense_conv2d, which activates on the way, where maps are large."""
         weight, y = self.layers[layer].inner_weight.to(self.states.dtype), self.planes(self.output(layer))
-        if not self.single:
-            return torch.conv2d(self.activated(layer, norm), weight, padding=1)
+        if not self.single or len(self.spatial) != 2:
+            convolution = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(self.spatial)]
+            return _as_images(convolution(self.activated(layer, norm), weight, padding=1))
         return self.ops.dense_conv2d_fwd([y], weight, None, norm.scale, norm.shift, self.config.activation, 1.0)
 
     def convolve_back(self, layer: int, norm: Norm, dout: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -204,17 +214,18 @@ class _Run(Prefix):
         gradient; sum g and sum g * (y - mean), g the gradient of the norm's result."""
         weight, y = self.layers[layer].inner_weight.to(self.states.dtype), self.planes(self.output(layer))
         activation = self.config.activation
-        if self.single:
+        if self.single and len(self.spatial) == 2:
             (found,), dweight, _, moment, plain = self.ops.dense_conv2d_bwd(
                 dout, [y], weight, norm.scale, norm.shift, activation, 1.0, True, True, False, True
             )
             return found.view_as(dy), dweight, plain, moment - norm.mean * plain
+        z, ones = self.activated(layer, norm), [1] * len(self.spatial)
         dz, dweight, _ = torch.ops.aten.convolution_backward(
-            dout, self.activated(layer, norm), weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+            dout.view(*dout.shape[:2], *self.spatial), z, weight, None, ones, ones, ones, False, [0] * len(ones), 1,
             [True, True, False],
         )  # fmt: skip
         plain, moment = self.ops.norm_activation_pull(
-            dz, y, norm.scale, norm.shift, norm.mean, activation, False, self.planes(dy)
+            _as_images(dz.contiguous()), y, norm.scale, norm.shift, norm.mean, activation, False, self.planes(dy)
         )
         return dy, dweight, plain, moment
 
@@ -232,14 +243,15 @@ def dnl_bottleneck_fwd(x0, tensors, keep, *static):
     """The states, y of every layer [L or 0, b * G * B * H * W], and statistics where the block measures them."""
     config = _config(x0.shape[1], *static)
     dtype, measures = wide_dtype(x0), config.norm is not None and config.training
-    batch, width, height, columns = x0.shape
+    batch, width, *spatial = x0.shape
     count, growth = config.num_layers, config.growth_rate
-    states = x0.new_empty((batch, width + count * growth, height, columns), dtype=dtype)
-    states[:, :width] = x0
+    buffer = x0.new_empty((batch, width + count * growth, *spatial), dtype=dtype)
+    buffer[:, :width] = x0
+    states = _as_images(buffer)
     wide = growth * (config.bottleneck or 1)
     layers = _layers(tensors, count)
-    inner = states.new_empty(count if keep else 1, wide * batch * height * columns)
-    run = _Run(config, states, inner, layers)
+    inner = states.new_empty(count if keep else 1, wide * batch * math.prod(spatial))
+    run = _Run(config, buffer, inner, layers)
     mean, var, rate = (states.new_empty(states.shape[1] if measures else 0) for _ in range(3))
     inner_mean, inner_var, inner_rate = (states.new_empty(count if measures else 0, wide) for _ in range(3))
 
@@ -257,7 +269,7 @@ def dnl_bottleneck_fwd(x0, tensors, keep, *static):
         states[:, run.slot(layer)] = run.convolve(layer, run.inner_norm(layer, inner_mean, inner_rate))
         run.measure(states[:, run.slot(layer)], run.slot(layer), (mean, var, rate))
     kept = inner if keep else inner[:0]
-    return states.to(x0.dtype), kept.to(x0.dtype), mean, var, inner_mean, inner_var
+    return buffer.to(x0.dtype), kept.to(x0.dtype), mean, var, inner_mean, inner_var
 
 
 @torch.no_grad()
@@ -269,7 +281,9 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
     dtype, measures = wide_dtype(states), config.norm is not None and config.training
     layers = _layers(tensors, count)
     run = _Run(config, states.to(dtype).contiguous(), inner.to(dtype), layers)
-    total = torch.empty_like(run.states).copy_(dstates)  # of every state: what its consumers so far pull, and dOut
+    total = _as_images(
+        torch.empty(states.shape, dtype=dtype).copy_(dstates)
+    )  # of every state: what its consumers so far pull, and dOut
     rate, inner_rate = run.rate(var), run.rate(inner_var)
     dy = torch.empty_like(run.output(0))
     found: list[list[Tensor]] = []
@@ -318,4 +332,5 @@ def dnl_bottleneck_bwd(dstates, states, inner, mean, var, inner_mean, inner_var,
         ])  # fmt: skip
     corrections.apply(slice(0, width))
     dx0 = total[:, :width].to(states.dtype, memory_format=torch.contiguous_format, copy=True)
+    dx0 = dx0.view(-1, width, *states.shape[2:])
     return dx0, [gradient for layer in reversed(found) for gradient in layer]
