@@ -65,5 +65,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_levels", &dnl::levels, "levels that this processor can run, slowest first");
   m.def("set_isa", &dnl::set_isa, "choose a level (DNL_CPU_ISA at start, tests later)");
   m.attr("compiler") = __VERSION__;
-  m.attr("torch_target") = "2.13";
+  m.attr("torch_target") = "2.10";
 }

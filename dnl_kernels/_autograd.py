@@ -51,7 +51,7 @@ def differentiable(
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, config, *tensors):
-            output = forward(config, tensors)
+            output = traceable(forward(config, tensors))
             save(ctx, config, tensors, output)
             return output
 
@@ -91,6 +91,13 @@ def differentiable(
         return output if return_extra else output[0]
 
     return call
+
+
+def traceable(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a Function's forward may return where Dynamo traces it: views. Dynamo of torch 2.10 and 2.11 takes the result
+    of a cast that changes nothing (`.to`, `.float`, `.contiguous`) for a tensor without a history, and the Function's
+    gradients are zeros, in silence."""
+    return tuple(t.view_as(t) for t in output) if torch.compiler.is_compiling() else output
 
 
 def reference_vjp(reference, config, doutput, tensors, needs):

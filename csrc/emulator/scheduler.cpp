@@ -308,7 +308,8 @@ static void run_block(uint64_t index, dim3 grid, dim3 dim) {
   if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
 }
 
-void launch(const char* name, dim3 grid, dim3 dim, size_t shared_bytes, const std::function<void()>& kernel) {
+void launch(const char* name, dim3 grid, dim3 dim, size_t shared_bytes, const std::function<void()>& kernel,
+            const void* function) {
   static std::mutex one_at_a_time;
   std::lock_guard lock(one_at_a_time);
   block.name = name;
@@ -326,7 +327,7 @@ void launch(const char* name, dim3 grid, dim3 dim, size_t shared_bytes, const st
   for (uint64_t i = 0; i < blocks; i++) order[i] = options.order == Order::reversed ? blocks - 1 - i : i;
   if (options.order == Order::random || options.order == Order::warp_priority)
     for (uint64_t i = blocks; i > 1; i--) std::swap(order[i - 1], order[random_bits() % i]);
-  allocate_shared(shared_bytes);
+  allocate_shared(shared_bytes, function);
   struct Free {
     ~Free() { free_shared(); }
   } at_the_end;
