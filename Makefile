@@ -17,7 +17,7 @@ endif
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=null,alignment,object-size \
 	-fno-sanitize-recover=undefined
 
-.PHONY: help demo test lint bench bench-smoke build sanitize install-check cuda-check mutation-check test-gpu bench-gpu clean
+.PHONY: help demo test lint bench bench-smoke build sanitize install-check cuda-check mutation-check test-gpu bench-gpu gpu-day clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -72,6 +72,9 @@ mutation-check: build ## break the Triton kernels on purpose and see their tests
 
 test-gpu: build ## the operators' tests on a CUDA device; says so and skips where there is none
 	$(BIN)/python -m pytest python_tests/gpu -rs
+
+gpu-day: ## all that a GPU can tell in minutes, into out/gpu-day: no set-up, no network, the python3 that holds torch
+	$(PYTHON) -m bench.gpu_day $(GPU_DAY)
 
 bench-gpu: build ## the benchmarks on a CUDA device; says so and skips where there is none
 	DNL_BENCH_DEVICE=cuda $(BIN)/python -m pytest bench --benchmark-json=docs/benchmarks/gpu.json

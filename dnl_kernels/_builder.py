@@ -177,7 +177,8 @@ def _ninja_file(cxx: str, torch: pathlib.Path, pybind: str, cuda: str | None) ->
     if cuda and sources:
         libraries.append("_cuda.so")
         said = f"'-DDNL_ARCHITECTURES=\"{names}\"'"
-        lines.append(f"build _cuda.so: nvlink {compile_all('nvcc', [(s, '', said if s.parent.name == 'common' else '') for s in sources])}")
+        jobs = [(s, "", said if s.parent.name == "common" else "") for s in sources]
+        lines.append(f"build _cuda.so: nvlink {compile_all('nvcc', jobs)}")
     return "\n".join(lines) + "\n", libraries
 
 
@@ -198,6 +199,7 @@ def build(package: pathlib.Path, work: pathlib.Path, cuda: bool = True) -> dict[
     include = os.path.join(os.path.dirname(pybind.origin), "include")
     text, libraries = _ninja_file(cxx, torch, include, nvcc() if cuda else None)
     (work / "build.ninja").write_text(text)
+
     def ninja_of(*targets: str) -> subprocess.CompletedProcess[str]:
         command = [*ninja, "-C", str(work), "-k", "0", *targets]  # one's errors do not stop the other
         return subprocess.run(command, capture_output=True, text=True, check=False)

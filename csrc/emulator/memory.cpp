@@ -19,8 +19,8 @@
 
 namespace emulator {
 
-// What a block may have of static and dynamic memory together: without asking, and at most on the smallest GPU.
-constexpr size_t kUnasked = 48 << 10, kSharedLimit = 99 << 10;
+// What a block may have of static and dynamic memory together: without asking, and at most (of an H100).
+constexpr size_t kUnasked = 48 << 10, kSharedLimit = 227 << 10;
 constexpr size_t kSharedAlign = 1024, kGuard = 128;
 constexpr int kNaN = 0xff;  // a byte of a NaN in every floating-point format
 

@@ -128,8 +128,8 @@ class _Layout(NamedTuple):
         return rows, columns, triton.cdiv(self.rows, rows) * triton.cdiv(self.columns, columns)
 
     def aligned(self, tensors: Sequence[Tensor], strides: Sequence[int]) -> bool:
-        """Whether every row of the tensors, which are laid out as the states, starts at a multiple of 16 bytes: those of
-        an outer index lie `columns` apart."""
+        """Whether every row of the tensors, laid out as the states are, starts at a multiple of 16 bytes: those of an
+        outer index lie `columns` apart."""
         inner = [self.columns] * len(tensors) if self.period > 1 else []
         return aligned([*tensors, *tensors[: len(inner)]], [*strides, *inner])
 
