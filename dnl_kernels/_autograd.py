@@ -94,9 +94,9 @@ def differentiable(
 
 
 def traceable(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What a Function's forward may return where Dynamo traces it: views. Dynamo of torch 2.10 and 2.11 takes the
-    result of a cast that changes nothing (`.to`, `.float`, `.contiguous`) for a tensor without a history, and the
-    Function's gradients are zeros, in silence."""
+    """What a Function's forward may return where Dynamo traces it: views. Dynamo of torch 2.11 takes the result of a
+    cast that changes nothing (`.to`, `.float`, `.contiguous`) for a tensor without a history, and the Function's
+    gradients are zeros, in silence."""
     return tuple(t.view_as(t) for t in output) if torch.compiler.is_compiling() else output
 
 

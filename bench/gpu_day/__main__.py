@@ -40,6 +40,7 @@ class Plan:
     def __init__(self, day: Day, only: Sequence[str], rehearse: bool, workers: int):
         self.day, self.only, self.rehearse, self.workers = day, only, rehearse, workers
         self.facts: dict[str, Any] = {}
+        self.folder = "python_tests/gpu"
         wanted = [stage for stage in STAGES if chosen(only, stage)]
         self.reserve = BENCH_SHARE * day.seconds if "bench" in wanted and len(wanted) > 1 else 0.0
         if rehearse:
@@ -80,7 +81,7 @@ class Plan:
             env["TRITON_INTERPRET"] = "1"
         hang = ["--timeout=90"] if "pytest_timeout" in self.facts.get("plugins", ()) else []
         plugins = ["-p", "bench.gpu_day.plugin", "-p", "no:cacheprovider"]
-        command = [sys.executable, "-m", "pytest", "python_tests/gpu", "-q", "--tb=short", *plugins, *hang]
+        command = [sys.executable, "-m", "pytest", self.folder, "-q", "--tb=short", *plugins, *hang]
         for attempt in range(RESTARTS):
             ended = self.day.step(name + (f" #{attempt + 1}" if attempt else ""), command, limit, reserve, env)
             culprits = self._unfinished(part, shard)

@@ -215,6 +215,13 @@ def layers() -> Cases:
 
 
 def blocks() -> Cases:
+    from bench.test_dnl_block import in_order
+
+    def _block(block: torch.nn.Module, x: Tensor, train: bool, call: Callable[[], Tensor] | None = None) -> Way:
+        """With its leaves in one order for both kinds of block. call: in place of the block's own."""
+        one = in_order(block, x, train) if train else of_module(block, x, train=False)
+        return one._replace(call=call or one.call)
+
     for depth, growth, size, batch in [(16, 12, 32, 256), (32, 6, 16, 512)] if GPU else [(2, 4, 8, 2)]:
         for dtype, tf32 in ((HALF, False), (torch.float32, False), (torch.float32, True)):
             ours, plain = (kind(12, depth, growth).to(DEVICE, dtype) for kind in (dnl.DNLBlock, PlainDenseBlock))
@@ -226,22 +233,17 @@ def blocks() -> Cases:
             reads = sum(12 + i * growth for i in range(depth))
             for train in (True, False):
                 found: dict[str, Way | str] = {
-                    "ours": _outer(ours, x, train), "eager": _outer(copy.deepcopy(plain), x, train),
-                    "channels last": _outer(copy.deepcopy(plain).to(memory_format=torch.channels_last), last, train),
+                    "ours": _block(copy.deepcopy(ours), x, train), "eager": _block(copy.deepcopy(plain), x, train),
+                    "channels last": _block(copy.deepcopy(plain).to(memory_format=torch.channels_last), last, train),
                 }  # fmt: skip
                 if GPU:
-                    found["compile"] = _outer(compiled(copy.deepcopy(plain)), x, train)
-                exact = _outer(copy.deepcopy(plain).double(), x.detach().double().requires_grad_(), train)
+                    twin = copy.deepcopy(plain)
+                    found["compile"] = _block(twin, x, train, functools.partial(compiled(twin), x))
+                exact = _block(copy.deepcopy(plain).double(), x.detach().double().requires_grad_(), train)
                 title = f"L{depth}-G{growth}-{size}x{size}-B{batch}-{'train' if train else 'eval'}"
                 yield Case("dnl_block", name(dtype, title) + "-tf32" * tf32, found, exact, train=train,
                            flops=2.0 * 9 * reads * growth * batch * size**2,
                            bytes=float((12 + depth * growth) * batch * size**2 * x.element_size())), tf32  # fmt: skip
-
-
-def _outer(module: torch.nn.Module, x: Tensor, train: bool) -> Way:
-    """Output and the gradient of x are compared; every parameter's gradient is computed, in the order of the module."""
-    one = of_module(module, x, train=train)
-    return one._replace(leaves=[x, *[p for p in module.parameters()]]) if train else one
 
 
 def networks() -> Cases:

@@ -153,7 +153,7 @@ class Measured:
         first = time.perf_counter() - began
         errors = None
         if exact is not None and way.same and len(found) == len(exact):
-            errors = [comparison.relative_error(a, e) for a, e in zip(found, exact, strict=True)]
+            errors = comparison.errors_of(found, exact)
         functions = comparison.steps(way, case.train)
         functions = {name: call for name, call in functions.items() if name in PHASES}
         peak = harness.peak_memory(list(functions.values())[-1], "cuda") if GPU else None

@@ -1,7 +1,8 @@
 """A pytest plugin: one part of the tests, a line as each starts and ends, and an end at a broken CUDA context.
 
-DNL_DAY_PART: "<operator>:<backend>", "beyond", or "rest". DNL_DAY_SHARD: "i/n". DNL_DAY_LOOK=1: two named cases of each
-dtype only. Tests that the file of results has an outcome of are left out: a process that is started again goes on.
+DNL_DAY_PART: "<operator>:<backend>", "beyond", or "rest". DNL_DAY_SHARD: "i/n". DNL_DAY_LOOK=1: two named cases of
+each dtype only. Tests that have an outcome in the file of results are left out: a process that is started again goes
+on.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ STICKY = re.compile(
     r"device-side assert|hardware stack error|invalid device context|invalid program counter|launch timed out"
 )
 # What tells most comes first, what compiles graphs last.
-ORDER = ("test_named", "test_registered", "test_large", "test_beyond", "test_results", "test_another", "test_a_training",
-         "test_tf32", "test_the_default", "test_devices", "test_opcheck", "test_compiled")  # fmt: skip
+ORDER = (
+    "test_named", "test_registered", "test_large", "test_beyond", "test_results", "test_another", "test_a_training",
+    "test_tf32", "test_the_default", "test_devices", "test_opcheck", "test_compiled",
+)  # fmt: skip
 
 
 def part_of(nodeid: str) -> str:

@@ -128,17 +128,22 @@ def _benchmarks(found: Rows) -> list[str]:
             for phase in [p for p in ("forward", "both") if p in row]:
                 t = row[phase]
                 body.append((
-                    row["case"], row["way"], "tf32" if row["tf32"] else "-", phase, number(t["device_us"], ".1f"),
+                    row["case"], row["way"], _products(row), phase, number(t["device_us"], ".1f"),
                     f"{t['p20_us']:.1f} to {t['p80_us']:.1f}", number(t["stream_us"], ".1f"),
                     number(t["graph_us"], ".1f"), f"{t['share_of_copy']:.0%}" if t["gb_per_s"] else "",
                     f"{t['share_of_product']:.0%}" if t["tflops"] else "",
                     number(row["error_output"] if phase == "forward" else row["error_gradients"], ".1e"),
                     number((row["peak_bytes"] or 0) / 2**20, ".0f") if phase == "both" else "",
                 ))  # fmt: skip
-        header = ("case", "way", "float32", "phase", "device", "p20 to p80", "stream", "graph", "of copy", "of product",
-                  "error against float64", "peak MiB")  # fmt: skip
+        header = ("case", "way", "float32 as", "phase", "device", "p20 to p80", "stream", "graph", "of copy",
+                  "of product", "error against float64", "peak MiB")  # fmt: skip
         lines += [*table(header, body), *absent, ""]
     return lines
+
+
+def _products(row: dict[str, Any]) -> str:
+    """How float32 was multiplied."""
+    return ("tf32" if row["tf32"] else "float32") if row["dtype"] == "float32" else "-"
 
 
 def _steps(found: Rows) -> list[str]:
