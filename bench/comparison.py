@@ -118,22 +118,22 @@ class Errors(NamedTuple):
     output: float
 
 
-def errors(ways: Mapping[str, Way], case: Case) -> dict[str, Errors]:
-    """Over output and gradients of each way that computes the function of the case.
-
-    A gradient that is zero but for rounding counts in proportion to the largest one."""
-    exact = results(case.exact or next(w for name, w in ways.items() if name != "ours"), case.train)
+def errors_of(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """The relative error of each result. A gradient that is zero but for rounding counts in proportion to the largest
+    one."""
     largest = max((e.abs().max().item() for e in exact if e.numel()), default=0.0)
 
     def error(actual: Tensor, reference: Tensor) -> float:
         size = reference.abs().max().item() if reference.numel() else 0.0
         return relative_error(actual, reference) * min(1.0, (size or 1.0) / (1e-6 * largest or 1.0))
 
-    found = {
-        name: [error(a, e) for a, e in zip(results(one, case.train), exact, strict=True)]
-        for name, one in ways.items()
-        if one.same
-    }
+    return [error(a, e) for a, e in zip(found, exact, strict=True)]
+
+
+def errors(ways: Mapping[str, Way], case: Case) -> dict[str, Errors]:
+    """Over output and gradients of each way that computes the function of the case."""
+    exact = results(case.exact or next(w for name, w in ways.items() if name != "ours"), case.train)
+    found = {name: errors_of(results(one, case.train), exact) for name, one in ways.items() if one.same}
     return {name: Errors(max(each), each[0]) for name, each in found.items()}
 
 

@@ -88,5 +88,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &dnl::set_isa, "choose a level (DNL_CPU_ISA at start, tests later)");
   m.def("digest", &dnl::digest, "of memory at addresses, of so many bytes");
   m.attr("compiler") = __VERSION__;
-  m.attr("torch_target") = "2.13";
+  m.attr("torch_target") = "2.10";
 }

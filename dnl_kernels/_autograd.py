@@ -45,7 +45,7 @@ def differentiable(
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx, config, *tensors):
-            output, *extra = forward(config, tensors)
+            output, *extra = traceable(forward(config, tensors))
             ctx.config, ctx.count, ctx.extra = config, len(tensors), len(extra)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*extra)
@@ -111,6 +111,13 @@ def _written_apart(output: Tensor) -> Tensor:
     if output.device.type != "cpu" or torch.compiler.is_compiling():
         return output
     return torch._lazy_clone(output)
+
+
+def traceable(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a Function's forward may return where Dynamo traces it: views. Dynamo of torch 2.11 takes the result of a
+    cast that changes nothing (`.to`, `.float`, `.contiguous`) for a tensor without a history, and the Function's
+    gradients are zeros, in silence."""
+    return tuple(t.view_as(t) for t in output) if torch.compiler.is_compiling() else output
 
 
 def reference_vjp(reference, config, doutput, tensors, needs):

@@ -6,13 +6,14 @@ It imports neither torch nor setuptools: torch is only a folder with headers and
 File roles (a new operator adds files, this script does not change):
     csrc/module.cpp, csrc/*/cpu.cpp    compiled once, against torch's stable ABI
     csrc/*/cpu_kernel*.cpp             compiled once per instruction-set level, without any torch header
-    csrc/*/cuda.cu                     compiled by nvcc for every architecture in DNL_CUDA_ARCH_LIST
+    csrc/*/cuda.cu                     compiled by nvcc for every architecture that `architectures` names
 Environment: DNL_CUDA=0 leaves CUDA out; DNL_CUDA_ARCH_LIST; DNL_ISA_LEVELS; DNL_TORCH_DIR; CXX; CUDA_HOME; DNL_CXXFLAGS
 (appended).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -24,8 +25,9 @@ import sys
 import sysconfig
 
 HERE = pathlib.Path(__file__).resolve().parent
-ARCHS = os.environ.get("DNL_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0;12.0+PTX")
-TARGET = "-DTORCH_TARGET_VERSION=0x020d000000000000"  # the oldest torch whose stable ABI the binary needs: 2.13
+OLDEST_ARCHITECTURE = 8.0  # cp.async, mma.sync of bfloat16 and tf32
+WITHOUT_CARDS = "8.0;9.0+PTX"  # the data centres' two, and what a driver can compile for every later one
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the oldest torch whose stable ABI the binary needs: 2.10
 CXXFLAGS = (
     "-O3 -std=c++20 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror=return-type"
 )
@@ -73,9 +75,39 @@ def nvcc() -> str | None:
     return next(filter(None, (shutil.which("nvcc", path=folder) for folder in installed)), None)
 
 
-def gencode() -> str:
+@functools.cache
+def cards() -> tuple[str, ...]:
+    """The compute capabilities of this machine's GPUs, as the driver's own program tells them; it starts no context."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = [line.strip() for line in run.stdout.splitlines()] if run.returncode == 0 else []
+    return tuple(sorted({line for line in found if line.replace(".", "", 1).isdigit()}, key=float))
+
+
+def architectures(cuda: str | None = None) -> str:
+    """What to compile CUDA code for: DNL_CUDA_ARCH_LIST, or the cards of this machine, or `WITHOUT_CARDS`, which also
+    stands where a card is too old for the kernels or too new for the compiler `cuda`."""
+    if chosen := os.environ.get("DNL_CUDA_ARCH_LIST"):
+        return chosen
+    found = cards()
+    if not found or float(found[0]) < OLDEST_ARCHITECTURE:
+        return WITHOUT_CARDS
+    if cuda is not None:
+        run = subprocess.run([cuda, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+        if not {f"compute_{card.replace('.', '')}" for card in found} <= set(run.stdout.split()):
+            return WITHOUT_CARDS
+    return ";".join(found)
+
+
+def gencode(names: str) -> str:
     flags = []
-    for arch in filter(None, ARCHS.split(";")):
+    for arch in filter(None, names.replace(" ", ";").split(";")):
         number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if arch.endswith("+PTX"):
@@ -86,7 +118,8 @@ def gencode() -> str:
 def key() -> str:
     """Names a build by everything that it depends on: sources, flags, Python, compiler choice."""
     chosen = [os.environ.get(name) for name in ("CXX", "DNL_CXXFLAGS", "DNL_CUDA")]
-    digest = hashlib.sha256(repr((CXXFLAGS, NVCCFLAGS, isa_levels(), ARCHS, sys.version_info[:2], chosen)).encode())
+    facts = (TARGET, CXXFLAGS, NVCCFLAGS, isa_levels(), architectures(), sys.version_info[:2], chosen)
+    digest = hashlib.sha256(repr(facts).encode())
     for path in sorted(source_dir().rglob("*")):
         if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
             digest.update(path.name.encode() + path.read_bytes())
@@ -114,13 +147,14 @@ def _ninja_file(cxx: str, torch: pathlib.Path, pybind: str, cuda: str | None) ->
     link = f'-L"{torch / "lib"}" -ltorch_cpu'
     runtime = pathlib.Path(cuda).parents[1] / "lib" if cuda else ""  # of the packages; a toolkit's nvcc knows its own
     levels = isa_levels()
+    names = architectures(cuda) if cuda else ""
     chosen = sum(1 << list(X86_LEVELS).index(level) for level in levels)  # DNL_LEVELS of csrc/common/isa.h
     lines = [
         f"cxxflags = {CXXFLAGS} {base} -DDNL_LEVELS={chosen} {extra}",
         f"rule cxx\n  command = {cxx} -MD -MF $out.d $cxxflags $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = {cxx} -shared {extra} $in {link} -o $out",
         f"rule nvcc\n  command = {cuda} {NVCCFLAGS} -MD -MF $out.d -ccbin {cxx} "
-        f"{gencode()} {base} -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        f"{gencode(names)} {base} $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f'rule nvlink\n  command = {cuda} -shared --cudadevrt none -ccbin {cxx} $in -L"{runtime}" {link} -o $out',
     ]
 
@@ -142,7 +176,9 @@ def _ninja_file(cxx: str, torch: pathlib.Path, pybind: str, cuda: str | None) ->
     sources = sorted(csrc.glob("*/cuda.cu"))
     if cuda and sources:
         libraries.append("_cuda.so")
-        lines.append(f"build _cuda.so: nvlink {compile_all('nvcc', [(s, '', '') for s in sources])}")
+        said = f"'-DDNL_ARCHITECTURES=\"{names}\"'"
+        jobs = [(s, "", said if s.parent.name == "common" else "") for s in sources]
+        lines.append(f"build _cuda.so: nvlink {compile_all('nvcc', jobs)}")
     return "\n".join(lines) + "\n", libraries
 
 
@@ -163,9 +199,14 @@ def build(package: pathlib.Path, work: pathlib.Path, cuda: bool = True) -> dict[
     include = os.path.join(os.path.dirname(pybind.origin), "include")
     text, libraries = _ninja_file(cxx, torch, include, nvcc() if cuda else None)
     (work / "build.ninja").write_text(text)
-    outcome = {}
+
+    def ninja_of(*targets: str) -> subprocess.CompletedProcess[str]:
+        command = [*ninja, "-C", str(work), "-k", "0", *targets]  # one's errors do not stop the other
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    together, outcome = ninja_of(*libraries), {}
     for library in libraries:
-        run = subprocess.run([*ninja, "-C", str(work), library], capture_output=True, text=True, check=False)
+        run = ninja_of(library) if together.returncode else together  # again, to hear what belongs to it alone
         if run.returncode:
             errors = [line for line in run.stdout.splitlines() if "error" in line] or run.stdout.splitlines()
             outcome[library] = "not built: " + (errors or [run.stderr.strip()])[0]

@@ -7,6 +7,7 @@ DNL_LIBRARY_DIR names a folder to load the library from (a sanitizer build, say)
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import logging
 import os
@@ -20,6 +21,7 @@ from . import _builder, _ops
 
 log = logging.getLogger("dnl_kernels")
 REASONS: dict[str, str] = {}
+FACTS: dict[str, str] = {}  # what the loaded libraries say of themselves
 CUDA_LIBRARY = "_cuda.so"
 
 
@@ -79,7 +81,10 @@ def _load_cuda(folder: pathlib.Path) -> None:
         return
     try:
         torch.ops.load_library(str(folder / CUDA_LIBRARY))
-    except OSError as error:
+        tell = ctypes.CDLL(str(folder / CUDA_LIBRARY)).dnl_cuda_architectures
+        tell.restype = ctypes.c_char_p
+        FACTS["CUDA architectures"] = tell().decode()
+    except (OSError, AttributeError) as error:
         REASONS["cuda"] = f"the CUDA kernels do not load: {str(error).splitlines()[0]}"
 
 

@@ -141,7 +141,7 @@ def _dnl_block_fwd(
 ):  # fmt: skip
     batch, in_channels, height, width = x0.shape
     grown = growth_rate * _layers(connectivity)
-    measured = in_channels * preactivation + grown if norm and training else 0
+    measured = (in_channels if preactivation else 0) + grown if norm and training else 0
     return (
         x0.new_empty((batch, in_channels + grown, height, width)),
         weight.new_empty(measured),

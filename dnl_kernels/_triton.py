@@ -88,11 +88,16 @@ def _tuned(kernel: Any) -> Any:
     return triton.autotune(configurations, key, cache_results=True)(kernel)
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def launch(kernel: Any, programs: int, *arguments, num_warps: int, num_stages: int, **constants) -> None:
     """kernel[programs](..): with the given warps and stages of the tables of tiles, or with measured ones (AUTOTUNE).
 
-    The kernel must give the same when it runs again: it reads nothing that it writes."""
-    if AUTOTUNE:
+    The kernel must give the same when it runs again: it reads nothing that it writes. While a CUDA graph is captured
+    nothing can be measured, as that waits for the device: the tables decide."""
+    if AUTOTUNE and not _capturing():
         _tuned(kernel)[(programs,)](*arguments, **constants)
     else:
         kernel[(programs,)](*arguments, **constants, num_warps=num_warps, num_stages=num_stages)

@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from . import __version__, _backend, _builder, _extension
+from . import __version__, _backend, _extension
 from .ops.dnl_block.api import ROUTES
 
 
@@ -21,7 +21,7 @@ def facts() -> dict[str, str]:
         "python": platform.python_version(),
         "compiler": f"{library.compiler}, for torch >= {library.torch_target}" if library else "none",
         "instruction set": isa,
-        "CUDA architectures": "not built" if "cuda" in _extension.REASONS else _builder.ARCHS,
+        "CUDA architectures": _extension.FACTS.get("CUDA architectures", "not built"),
         "CUDA": cuda,
     }
 

@@ -24,7 +24,7 @@
 #ifdef DNL_EMULATOR
 #define DNL_SHARED(T, name, count)                                                   \
   static const size_t name##_offset = ::emulator::static_shared(sizeof(T) * (count)); \
-  T(&name)[count] = *reinterpret_cast<T(*)[count]>(::emulator::static_shared_base + name##_offset)
+  T(&name)[count] = *reinterpret_cast<T(*)[count]>(::emulator::use_static_shared(name##_offset))
 #define DNL_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::emulator::dynamic_shared())
 #else
 #define DNL_SHARED(T, name, count) __shared__ T name[count]

@@ -4,7 +4,8 @@
 // common/device.cuh and common/launch.cuh what they need instead of PTX and the CUDA runtime. One block runs at a time,
 // its threads take turns at barriers and warp collectives, in an order that tests choose. What it finds: races (with
 // ThreadSanitizer), accesses out of bounds (with AddressSanitizer), reads of shared memory that nobody wrote or of
-// cp.async data not waited for (both are NaN), divergent collectives, misaligned vector accesses, deadlocks.
+// cp.async data not waited for (both are NaN), divergent collectives, misaligned vector accesses, deadlocks, more static
+// and dynamic shared memory than a launch may have.
 // What it does not model: races between blocks, spin waits across the grid, the rounding inside a tensor core.
 #pragma once
 #include <cuda_bf16.h>
@@ -35,7 +36,10 @@ extern Thread* current;
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// function: the kernel, by which allow_shared has been called for it or not.
+void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel,
+            const void* function = nullptr);
+void allow_shared(const void* function);  // more than 48 KiB of shared memory: cudaFuncSetAttribute
 
 // Barriers and collectives. `kind` names the operation in errors.
 enum class Reduce { any, all, count };
@@ -47,8 +51,8 @@ uint32_t ballot(uint32_t mask, int predicate);
 
 // Memory.
 void* dynamic_shared();
-size_t static_shared(size_t bytes);  // an offset from static_shared_base
-extern char* const static_shared_base;
+size_t static_shared(size_t bytes);        // an offset, made once for each declaration
+char* use_static_shared(size_t offset);  // its memory, which counts as the running kernel's
 void check_aligned(const void* pointer, size_t bytes, const char* what);
 void count_global(const void* pointer, size_t bytes, bool store);
 void cp_async(void* shared, const void* global, int bytes, bool valid);

@@ -53,7 +53,7 @@ using WarpFunction = void (*)(void** lane_arguments, uint32_t mask);
 void collective(uint32_t mask, const char* kind, void* argument, WarpFunction run, bool ordered = false);
 
 // Shared memory of a block: NaN at its start, with guard zones that AddressSanitizer knows.
-void allocate_shared(size_t bytes);
+void allocate_shared(size_t bytes, const void* function);
 void fill_shared_with_nan();
 void free_shared();
 bool is_shared(const void* pointer);

@@ -1,6 +1,9 @@
 // Shared memory, cp.async, ldmatrix with its bank conflicts, and the count of global traffic.
+#include <array>
 #include <cstdlib>
 #include <deque>
+#include <map>
+#include <set>
 #include <unordered_map>
 
 #include "emulator/internal.h"
@@ -16,15 +19,32 @@
 
 namespace emulator {
 
-constexpr size_t kSharedLimit = 227 << 10, kSharedAlign = 1024, kGuard = 128;
+// What a block may have of static and dynamic memory together: without asking, and at most (of an H100).
+constexpr size_t kUnasked = 48 << 10, kSharedLimit = 227 << 10;
+constexpr size_t kSharedAlign = 1024, kGuard = 128;
 constexpr int kNaN = 0xff;  // a byte of a NaN in every floating-point format
 
 // ---- shared memory ----
-alignas(kSharedAlign) static char static_space[256 << 10];
-char* const static_shared_base = static_space;
+alignas(kSharedAlign) static char static_space[256 << 10];  // for the arrays of all kernels
 static size_t static_used = 0;
 static char *raw = nullptr, *dynamic_space = nullptr;
-static size_t dynamic_bytes = 0;
+static size_t dynamic_bytes = 0, static_bytes = 0, allowed_bytes = 0;  // of this launch
+
+// A kernel has every array that one of its launches has used, as the compiler allocates them all. By index: offset / kGuard.
+using Arrays = std::array<bool, sizeof static_space / kGuard>;
+static size_t array_bytes[sizeof static_space / kGuard];
+static Arrays used;  // by this kernel
+static std::map<const void*, Arrays> used_by;
+static const void* launched = nullptr;
+static std::set<const void*> asked;
+
+void allow_shared(const void* function) { asked.insert(function); }
+
+static void check_limit() {
+  if (static_bytes + dynamic_bytes > allowed_bytes)
+    fail("%zu bytes of static and %zu of dynamic shared memory, of which a block may have %zu%s", static_bytes,
+         dynamic_bytes, allowed_bytes, allowed_bytes == kUnasked ? " unless its kernel was allowed more" : "");
+}
 
 static EMULATOR_UNSEEN void fill_with_nan(char* begin, size_t bytes) {
   for (volatile char* p = begin; p < begin + bytes; p++) *p = static_cast<char>(kNaN);
@@ -36,14 +56,30 @@ size_t static_shared(size_t bytes) {
   if (static_used > sizeof static_space) fail("static shared memory: more than %zu bytes", sizeof static_space);
   POISON(static_space + offset + bytes, static_used - offset - bytes);
   fill_with_nan(static_space + offset, bytes);
+  array_bytes[offset / kGuard] = (bytes + 15) / 16 * 16;
   return offset;
+}
+
+char* use_static_shared(size_t offset) {
+  bool& is_used = used[offset / kGuard];
+  if (!is_used) {
+    is_used = true;
+    static_bytes += array_bytes[offset / kGuard];
+    check_limit();
+  }
+  return static_space + offset;
 }
 
 void* dynamic_shared() { return dynamic_space; }
 
-void allocate_shared(size_t bytes) {
-  if (bytes > kSharedLimit) fail("dynamic shared memory: %zu bytes, more than %zu", bytes, kSharedLimit);
+void allocate_shared(size_t bytes, const void* function) {
+  launched = function;
+  used = used_by[function];
+  static_bytes = 0;
+  for (size_t i = 0; i < used.size(); i++) static_bytes += used[i] ? array_bytes[i] : 0;
   dynamic_bytes = bytes;
+  allowed_bytes = asked.count(function) ? kSharedLimit : kUnasked;
+  check_limit();
   raw = static_cast<char*>(malloc(bytes + 2 * kSharedAlign));
   dynamic_space = raw + (kSharedAlign - reinterpret_cast<uintptr_t>(raw) % kSharedAlign) % kSharedAlign;
   POISON(dynamic_space + bytes, raw + bytes + 2 * kSharedAlign - (dynamic_space + bytes));
@@ -55,6 +91,7 @@ void fill_shared_with_nan() {
 }
 
 void free_shared() {
+  if (launched) used_by[launched] = used;
   if (raw) UNPOISON(raw, dynamic_bytes + 2 * kSharedAlign);
   free(raw);
   raw = dynamic_space = nullptr;

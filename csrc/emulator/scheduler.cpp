@@ -5,6 +5,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -81,6 +82,7 @@ struct Block {
   std::exception_ptr error;
 };
 static Block block;
+static std::set<std::string> launched_names;
 
 static std::string describe(const char* format, va_list arguments) {
   char text[512], place[160] = "";
@@ -308,7 +310,8 @@ static void run_block(uint64_t index, dim3 grid, dim3 dim) {
   if (block.error) std::rethrow_exception(std::exchange(block.error, nullptr));
 }
 
-void launch(const char* name, dim3 grid, dim3 dim, size_t shared_bytes, const std::function<void()>& kernel) {
+void launch(const char* name, dim3 grid, dim3 dim, size_t shared_bytes, const std::function<void()>& kernel,
+            const void* function) {
   static std::mutex one_at_a_time;
   std::lock_guard lock(one_at_a_time);
   block.name = name;
@@ -322,11 +325,12 @@ void launch(const char* name, dim3 grid, dim3 dim, size_t shared_bytes, const st
   block.warps.resize((threads + 31) / 32);
   random_state = options.seed * 0x9E3779B97F4A7C15ull | 1;
   counts.launches++;
+  launched_names.insert(name);
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; i++) order[i] = options.order == Order::reversed ? blocks - 1 - i : i;
   if (options.order == Order::random || options.order == Order::warp_priority)
     for (uint64_t i = blocks; i > 1; i--) std::swap(order[i - 1], order[random_bits() % i]);
-  allocate_shared(shared_bytes);
+  allocate_shared(shared_bytes, function);
   struct Free {
     ~Free() { free_shared(); }
   } at_the_end;
@@ -341,6 +345,15 @@ void launch(const char* name, dim3 grid, dim3 dim, size_t shared_bytes, const st
 DNL_EMULATOR_API void dnl_emulator_configure(int order, uint64_t seed, int async_copy, int trace) {
   emulator::options = {static_cast<emulator::Order>(order), seed, static_cast<emulator::AsyncCopy>(async_copy),
                        trace != 0};
+}
+
+// The names of the kernels launched since the last call, each once, with a space behind each.
+DNL_EMULATOR_API const char* dnl_emulator_launched() {
+  static std::string text;
+  text.clear();
+  for (const std::string& name : emulator::launched_names) text += name + " ";
+  emulator::launched_names.clear();
+  return text.c_str();
 }
 
 DNL_EMULATOR_API void dnl_emulator_counts(uint64_t out[11]) {

@@ -71,6 +71,7 @@ class Emulator:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.library.dnl_emulator_traffic.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_void_p]
+        self.library.dnl_emulator_launched.restype = ctypes.c_char_p
         self.library.dnl_emulator_configure.argtypes = [ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
 
     def configure(self, schedule: Schedule = Schedule(), trace: bool = False) -> None:  # noqa: B008
@@ -84,6 +85,10 @@ class Emulator:
         values = (ctypes.c_uint64 * len(names))()
         self.library.dnl_emulator_counts(values)
         return dict(zip(names, values, strict=True))
+
+    def launched(self) -> set[str]:
+        """The names of the kernels launched since the last call."""
+        return set(self.library.dnl_emulator_launched().decode().split())
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:

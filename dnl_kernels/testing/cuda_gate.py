@@ -158,7 +158,7 @@ def main() -> None:
         with open(f"{arguments.markdown}.tmp", "w") as file:
             file.write(report)
         os.replace(f"{arguments.markdown}.tmp", arguments.markdown)
-    expected = {int(a.removesuffix("+PTX").replace(".", "")) for a in _builder.ARCHS.split(";") if a}
+    expected = {int(a.removesuffix("+PTX").replace(".", "")) for a in _builder.architectures().split(";") if a}
     lines = faults(found, size, expected)
     print("\n".join(lines) or "every kernel is within its budget")
     sys.exit(bool(lines))

@@ -23,6 +23,7 @@ CASES = {
     "odd": Case((3, 7, 13), 5),
     "tokens-channels": Case((2, 9, 35), 4, -1),
     "images-channels": Case((2, 6, 5, 7), 3, 1),
+    "seven": Case((2, 8, 7, 7), 3, 1),  # samples start at multiples of 16 bytes, channels do not
     "empty-batch": Case((0, 4, 3), 3, 1),
     "no-channels": Case((2, 0), 2, 1),
     "longer-than-a-tile": Case((3, 40, 61), 9, 1),

@@ -253,6 +253,20 @@ def _atomic(self, *args):
     raise NotImplementedError("atomics: the project's kernels are deterministic and use none")
 
 
+def _hint(self, name, values, original=Handle.set_attr):
+    """`multiple_of` of pointers: the compiler makes wide accesses of what follows the first element of every row."""
+    if name == "tt.divisibility" and isinstance(self.dtype, tl.pointer_type):
+        for dimension, value in enumerate(values):
+            starts = self.data.take([0], dimension) if self.data.ndim else self.data
+            wrong = starts.astype(np.int64) % value != 0
+            if wrong.any():
+                raise OutOfBounds(
+                    f"{_Launch.kernel}: {int(wrong.sum())} of {wrong.size} runs of pointers said to start at multiples"
+                    f" of {value} bytes do not"
+                )
+    return original(self, name, values)
+
+
 def _argument(value, original=interp._implicit_cvt):
     """An integer from 2^31 to 2^32 reaches a kernel as int64; the interpreter would hold it in 32 bits."""
     if type(value) is int and 2**31 <= value < 2**32:
@@ -338,6 +352,7 @@ def install() -> None:
     interp.GridExecutor.__call__ = _launch
     interp.InterpretedFunction.__call__ = _device_function
     interp._implicit_cvt = _argument
+    Handle.set_attr = _hint
     # Nothing to copy back: the tensors are the CPU's own (and copying would touch every page of a sparse one).
     interp.GridExecutor._restore_args_dev = lambda self, *arguments: None
     triton.runtime.autotuner.Autotuner.run = _first_configuration

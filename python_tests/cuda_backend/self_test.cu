@@ -172,6 +172,14 @@ static void one_mma_tf32(const float* a, const float* b, float* d, int rounded) 
   for (int i = 0; i < 4; i++) store_global(d + lane * 4 + i, fd[i]);
 }
 
+// 16 KiB of static shared memory beside the dynamic.
+static void static_and_dynamic(float* out) {
+  DNL_SHARED(float, fixed, 4096);
+  DNL_DYNAMIC_SHARED(float, given);
+  fixed[threadIdx.x] = given[threadIdx.x] = 1;
+  store_global(out + threadIdx.x, fixed[threadIdx.x] + given[threadIdx.x]);
+}
+
 // Each returns null, or what the emulator found.
 static const char* caught(const std::function<void()>& body) {
   static char text[1024];
@@ -213,6 +221,14 @@ DNL_EXPORT run_strided(void* out, int bytes, int stride) {
       else if (bytes == 8) strided(static_cast<uint64_t*>(out), stride);
       else strided(static_cast<unsigned __int128*>(out), stride);
     });
+  });
+}
+DNL_EXPORT run_static_and_dynamic(float* out, int dynamic_bytes, int allowed) {
+  return caught([&] {
+    static const char kAsked = 0, kUnasked = 0;  // two kernels, of which one is allowed more
+    const void* function = allowed ? &kAsked : &kUnasked;
+    if (allowed) emulator::allow_shared(function);
+    emulator::launch("static_and_dynamic", 1, 32, dynamic_bytes, [&] { static_and_dynamic(out); }, function);
   });
 }
 DNL_EXPORT run_mma(const uint32_t* a, const uint32_t* b, float* d, int bf16) {

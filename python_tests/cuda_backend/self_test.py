@@ -19,8 +19,9 @@ BUGS = (
 
 def load(library: str | pathlib.Path) -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(library))
-    for name in ("run_row_sum", "run_matmul", "run_fragments", "run_copies", "run_mma", "run_mma_tf32", "run_strided"):
-        getattr(kernels, name).restype = ctypes.c_char_p
+    names = "row_sum matmul fragments copies mma mma_tf32 strided static_and_dynamic"
+    for name in names.split():
+        getattr(kernels, f"run_{name}").restype = ctypes.c_char_p
     return kernels
 
 

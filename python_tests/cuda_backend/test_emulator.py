@@ -54,6 +54,19 @@ def test_counts_and_traffic_of_a_known_kernel(emulator):
     assert emulator.traffic_of(out.buffer_info()[0], 12)[1].requested == 12
 
 
+@pytest.mark.parametrize("allowed, most", [(False, 48), (True, 227)])
+def test_static_and_dynamic_shared_memory_have_one_limit(emulator, allowed, most):
+    """16 KiB are the kernel's own; the rest may be dynamic, and not a byte more."""
+    out = array.array("f", [0.0] * 32)
+    largest = (most - 16) << 10
+    assert emulator.library.run_static_and_dynamic(pointer(out), largest, allowed) is None
+    assert out.tolist() == [2.0] * 32
+    said = emulator.library.run_static_and_dynamic(pointer(out), largest + 16, allowed).decode()
+    assert f"16384 bytes of static and {largest + 16} of dynamic shared memory" in said
+    assert f"may have {most << 10}" in said and ("unless its kernel" in said) == (not allowed)
+    assert emulator.library.run_static_and_dynamic(pointer(out), (most + 1) << 10, allowed) is not None
+
+
 def test_bank_conflicts_of_ldmatrix_are_counted(emulator):
     emulator.counts()
     assert self_test.matmul(emulator.library) is None

@@ -1,110 +1,44 @@
 """Every operator with a GPU backend, on the GPU: named cases and large ones against float64, and what a GPU adds."""
 
-import contextlib
-
 import pytest
 import torch
 
 from dnl_kernels import _backend
-from dnl_kernels.testing import dense_conv2d, dense_sum, dnl_block, named, nonlocal_attention
-from dnl_kernels.testing.operators import operators
+from dnl_kernels.testing import dense_conv2d, dnl_block, named
+from dnl_kernels.testing.precision import float32_products
 
-if not torch.cuda.is_available():
-    pytest.skip("no CUDA device here: nothing in this file was run", allow_module_level=True)
-
-PAIRS = [
-    (op, backend)
-    for op, supports in _backend.SUPPORTS.items()
-    for backend, support in supports.items()
-    if "cuda" in support.devices
-]
-OPERATORS = {op.name: op for op in operators()}
-
-
-def refused(call):
-    """Why a backend that is asked for by name cannot run the call, or None."""
-    try:
-        call()
-    except ValueError as error:
-        if "cannot run this call" not in str(error):
-            raise
-        return str(error)
-    return None
-
-
-@contextlib.contextmanager
-def skipped_where_refused():
-    """The test is skipped with the backend's reason."""
-    try:
-        yield
-    except ValueError as error:
-        if "cannot run this call" not in str(error):
-            raise
-        pytest.skip(str(error))
-
-
-every_pair = pytest.mark.parametrize("op, backend", PAIRS, ids=["-".join(pair) for pair in PAIRS])
-LARGE = {
-    "dense_sum": {
-        "images": dense_sum.Case((16, 96, 56, 56), 24, 1),
-        "tokens": dense_sum.Case((8, 2048, 768), 12, -1),
-        "one-weight": dense_sum.Case((8, 2048, 768), 48),
-    },
-    "nonlocal_attention": {
-        "long": nonlocal_attention.Case(2, 2, 4096, 4096, 64, 64),
-        "causal": nonlocal_attention.Case(2, 3, 2049, 2049, 128, 96, {"causal": True}),
-        "channels-first": nonlocal_attention.Case(4, 1, 56 * 56, 56 * 56, 32, 32, {"layout": "channels_first"}),
-        "masked": nonlocal_attention.Case(3, 2, 1000, 1531, 48, 80, mask=0.5),
-        "widest": nonlocal_attention.Case(1, 2, 1024, 1024, 256, 256, factor=5.0),
-    },
-}
-LARGE_CALLS = {
-    "dense_sum": {name: lambda d, c=c: named._dense_sum(c, d) for name, c in LARGE["dense_sum"].items()},
-    "nonlocal_attention": {
-        f"{kernel}-{name}": lambda d, c=c, k=kernel: named._nonlocal_attention(k)(c, d)
-        for kernel in ("softmax", "gaussian", "softmax-unnormalised")
-        for name, c in LARGE["nonlocal_attention"].items()
-    },
-}
-
-
-def parameters(table):
-    found = [
-        pytest.param(make, backend, dtype, id=f"{op}-{backend}-{name}-{str(dtype).removeprefix('torch.')}")
-        for op, backend in PAIRS
-        for name, make in table.get(op, {}).items()
-        for dtype in _backend.SUPPORTS[op][backend].dtypes
-        if dtype != torch.float64
-    ]
-    return pytest.mark.parametrize("make, backend, dtype", found)
+from . import large
+from .targets import (
+    CUDA,
+    DEVICE,
+    EMULATED,
+    OPERATORS,
+    PAIRS,
+    every_pair,
+    of_a_device,
+    on_device,
+    parameters,
+    refused,
+    skipped_where_refused,
+)
 
 
 @parameters(named.CASES)
 def test_named_cases_against_float64(make, backend, dtype):
     with skipped_where_refused():
-        named.check(make(dtype), backend, "cuda")
+        named.check(make(dtype), backend, DEVICE)
 
 
-@parameters(LARGE_CALLS)
+@of_a_device
+@parameters(large.CALLS)
 def test_large_cases_against_float64(make, backend, dtype):
-    named.check(make(dtype), backend, "cuda")
-
-
-@every_pair
-def test_opcheck(op, backend):
-    leaves = [leaf.detach() for leaf in OPERATORS[op].leaves(torch.float32, 2)]
-    for name, arguments in OPERATORS[op].registered(*leaves).items():
-        there = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cuda(), arguments)
-        torch.library.opcheck(_backend.kernel(backend, name), there)
-
-
-def _on_gpu(op, dtype=torch.float32):
-    return [leaf.cuda().requires_grad_() for leaf in OPERATORS[op].leaves(dtype, 2)]
+    with skipped_where_refused():
+        named.check(make(dtype), backend, DEVICE)
 
 
 @every_pair
 def test_compiled_equals_eager(op, backend):
-    leaves = _on_gpu(op)
+    leaves = on_device(op)
 
     def call(*leaves):
         return OPERATORS[op].call(*leaves, backend=backend)
@@ -120,9 +54,9 @@ def test_compiled_equals_eager(op, backend):
 @every_pair
 def test_results_do_not_depend_on_the_run(op, backend):
     reasons, ran = [], 0
-    for make in (*list(named.CASES[op].values())[:3], *list(LARGE_CALLS.get(op, {}).values())[:1]):
+    for make in (*list(named.CASES[op].values())[:3], *list(large.CALLS[op].values())[: not EMULATED]):
         call = make(torch.float32)
-        leaves = {name: t.cuda() for name, t in call.leaves.items()}
+        leaves = {name: t.to(DEVICE) for name, t in call.leaves.items()}
         if why := refused(lambda call=call, leaves=leaves: call.run(leaves, backend)):
             reasons.append(why)
             continue
@@ -133,9 +67,10 @@ def test_results_do_not_depend_on_the_run(op, backend):
         pytest.skip("; ".join(reasons))
 
 
+@of_a_device
 @every_pair
 def test_another_stream_and_a_cuda_graph(op, backend):
-    leaves = [leaf.detach() for leaf in _on_gpu(op)]
+    leaves = [leaf.detach() for leaf in on_device(op)]
 
     def call():
         return OPERATORS[op].call(*leaves, backend=backend)
@@ -157,6 +92,7 @@ def test_another_stream_and_a_cuda_graph(op, backend):
     assert torch.equal(captured, call()) and not torch.equal(captured, expected)
 
 
+@of_a_device
 @pytest.mark.parametrize("name", ["densenet", "equation-1-batch-norm", "conv1x1-softmax"])
 def test_a_training_step_of_a_block_in_a_cuda_graph(name):
     """Forward and backward, captured once and replayed on other values of the same tensors."""
@@ -188,10 +124,11 @@ def test_a_training_step_of_a_block_in_a_cuda_graph(name):
         assert found is None or torch.equal(found, expected)
 
 
+@of_a_device
 @pytest.mark.parametrize("op", dict(PAIRS))
 def test_the_default_backend_is_the_best_one_that_runs(op, monkeypatch):
     """By the result; and by what is chosen, but for operators that also run as a composition of the others."""
-    leaves, chosen, select = _on_gpu(op), [], _backend.select
+    leaves, chosen, select = on_device(op), [], _backend.select
 
     def recorded(name, *rest, **facts):
         found = select(name, *rest, **facts)
@@ -215,13 +152,10 @@ def test_tf32_where_the_setting_allows_it(name):
     parameters = [call.leaves.get(n) for n in dense_conv2d.NAMES]
     states = [t for n, t in call.leaves.items() if n.startswith("states[")]
     exact = named.gradients(call, {n: t.double() for n, t in call.leaves.items()}, "reference")
-    there = {n: t.cuda() for n, t in call.leaves.items()}
-    float32 = named.gradients(call, there, "cuda")
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        found = named.gradients(call, there, "cuda")
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    there = {n: t.to(DEVICE) for n, t in call.leaves.items()}
+    float32 = named.gradients(call, there, CUDA)
+    with float32_products(tf32=True):
+        found = named.gradients(call, there, CUDA)
     dy = torch.linspace(-1, 1, found["output"].numel(), dtype=torch.float64).reshape(found["output"].shape)
     most = dense_conv2d.tf32_bounds(parameters, states, case.activation, case.scale, dy)
     for n, value in found.items():

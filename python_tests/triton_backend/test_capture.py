@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from triton.runtime.jit import JITFunction
 
+from dnl_kernels import _triton
 from dnl_kernels.ops.dnl_block import fused
 from dnl_kernels.testing import dnl_block, triton_compile, triton_gate
 
@@ -57,6 +58,27 @@ def test_no_launcher_waits_for_the_device(operator, case, monkeypatch):
         monkeypatch.setattr(JITFunction, "run", lambda self, *_, grid, **__: launched.append((self.fn.__name__, grid)))
         call()
     assert launched and mode.seen and all(isinstance(n, int) for _, grid in launched for n in grid)
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_nothing_is_measured_during_a_capture(capturing, monkeypatch):
+    """DNL_TRITON_AUTOTUNE=1: a measurement waits for the device, which ends the capture with an error."""
+    ran = []
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: ran.append((self.name, options))
+
+    monkeypatch.setattr(_triton, "AUTOTUNE", True)
+    monkeypatch.setattr(_triton, "_tuned", lambda kernel: Kernel("tuned"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    _triton.launch(Kernel("given"), 1, num_warps=4, num_stages=2, N=3)
+    given = ("given", {"num_warps": 4, "num_stages": 2, "N": 3})
+    assert ran == [given if capturing else ("tuned", {"N": 3})]
 
 
 @pytest.mark.parametrize("name", ["densenet", "equation-1-batch-norm", "conv1x1-softmax", "tokens-gaussian"])

@@ -127,6 +127,12 @@ class _Layout(NamedTuple):
         rows = power_of_two(self.rows, 1, max(elements // columns, 1))
         return rows, columns, triton.cdiv(self.rows, rows) * triton.cdiv(self.columns, columns)
 
+    def aligned(self, tensors: Sequence[Tensor], strides: Sequence[int]) -> bool:
+        """Whether every row of the tensors, laid out as the states are, starts at a multiple of 16 bytes: those of an
+        outer index lie `columns` apart."""
+        inner = [self.columns] * len(tensors) if self.period > 1 else []
+        return aligned([*tensors, *tensors[: len(inner)]], [*strides, *inner])
+
 
 def _layout(states: Sequence[Tensor], weight: Tensor, channel_dim: int) -> _Layout:
     if weight.dim() == 1:
@@ -151,7 +157,7 @@ def dense_sum_fwd(states: Sequence[Tensor], weight: Tensor, channel_dim: int) ->
         dense_sum_fwd_kernel[(programs,)](
             pointer_table(p.states, p.strides), weight.contiguous(), y,
             len(states), p.rows, p.columns, p.period, p.channels,
-            PER=p.per, ALIGNED=aligned(p.states, p.strides), ROWS=rows, COLUMNS=columns, num_warps=WARPS,
+            PER=p.per, ALIGNED=p.aligned(p.states, p.strides), ROWS=rows, COLUMNS=columns, num_warps=WARPS,
         )  # fmt: skip
     return y
 
@@ -177,7 +183,7 @@ def dense_sum_bwd(
             dy, table, pointer_table(dstates, steps) if need_states else table, weight.contiguous(), partial,
             len(states), p.rows, p.columns, p.period, p.channels, dy_stride,
             PER=p.per, STATES_NEEDED=need_states, WEIGHT_NEEDED=need_weight,
-            ALIGNED=aligned([dy, *p.states, *dstates], [dy_stride, *p.strides, *(steps if dstates else [])]),
+            ALIGNED=p.aligned([dy, *p.states, *dstates], [dy_stride, *p.strides, *(steps if dstates else [])]),
             ROWS=rows, COLUMNS=columns, num_warps=WARPS,
         )  # fmt: skip
     if need_weight:  # the second stage of the reduction: small, in a fixed order, torch's

@@ -544,8 +544,8 @@ def nonlocal_attention_fwd(
     if not (out.numel() and key.numel()):
         return out.zero_(), shift.zero_(), total.fill_(0.0 if normalize else 1.0)
     call = _prepare(query, key, value, bandwidth, key_mask, scale, normalize, causal, channels_first, (out,))
-    chosen, tiles = call.tiles("forward", query)
-    with torch.cuda.device_of(query):
+    with torch.cuda.device_of(query):  # the tiles too are those of its architecture
+        chosen, tiles = call.tiles("forward", query)
         launch(
             nonlocal_fwd_kernel, B * h * triton.cdiv(N, chosen.queries), *call.tensors, out, shift, total,
             *call.strides, _strides(out, channels_first), **call.constants, **tiles,
@@ -566,10 +566,10 @@ def nonlocal_attention_bwd(
     call = _prepare(*given, (doutput, output, dquery, dkey, dvalue))
     strides = [_strides(t, channels_first) for t in (doutput, output, dquery, dkey, dvalue)]
     drift = torch.empty_like(shift) if normalize else None
-    by_query, tiles = call.tiles("query", query)
-    count = triton.cdiv(N, by_query.queries)
-    moments = shift.new_empty((B, h, count)) if need_bandwidth else None
     with torch.cuda.device_of(query):
+        by_query, tiles = call.tiles("query", query)
+        count = triton.cdiv(N, by_query.queries)
+        moments = shift.new_empty((B, h, count)) if need_bandwidth else None
         launch(
             nonlocal_bwd_query_kernel, B * h * count, *call.tensors, doutput, output, shift, sum, dquery, drift,
             moments, *call.strides, *strides[:3], MOMENT=need_bandwidth, **call.constants, **tiles,

@@ -49,6 +49,12 @@ def sum_tuple_kernel(STATES, Y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def hint_kernel(X, Y, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    place = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
+    tl.store(Y + place, tl.load(tl.multiple_of(X + place, (1, 16))))
+
+
+@triton.jit
 def atomic_kernel(Y):
     tl.atomic_add(Y, 1.0)
 
@@ -143,3 +149,12 @@ def test_traffic_counts_bytes_and_sectors():
     assert (count.load, count.store, count.launches) == (192, 384, 2)
     assert count.by_tensor == {"X": {"load": 192, "store": 0}, "Y": {"load": 0, "store": 384}}
     assert count.unique_sector_bytes in range(128 + 256, 128 + 256 + 65)
+
+
+def test_an_untrue_hint_of_alignment_is_an_error():
+    x, y = torch.randn(40), torch.empty(40)
+    hint_kernel[(1,)](x, y, 8, ROWS=4, COLUMNS=8)
+    assert torch.equal(x[:32], y[:32])
+    for start, stride, wrong in ((0, 9, 3), (1, 8, 4), (0, 6, 2)):
+        with pytest.raises(OutOfBounds, match=f"hint_kernel: {wrong} of 4 runs of pointers .* multiples of 16 bytes"):
+            hint_kernel[(1,)](x[start:], y, stride, ROWS=4, COLUMNS=8)
