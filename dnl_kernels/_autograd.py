@@ -155,20 +155,38 @@ def _distinct(tensors: Tensors) -> list[Tensor | None]:
     ]
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in the dtype of an active autocast region of their device, unchanged outside of one.
+def autocasts(device: str) -> bool:
+    """Whether an autocast region of this type of device is active."""
+    return torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device)
 
-    float64 stays, as in torch's own operators."""
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in the dtype of an active autocast region of their device, unchanged outside of one: as in torch's
+    matrix products, whose float64 stays too."""
     device = next(t.device.type for t in tensors if t is not None)
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
+def autocast_affine(
+    states: Sequence[Tensor], weight: Tensor, bias: Tensor | None, norm_scale: Tensor | None,
+    norm_shift: Tensor | None, activation: str,
+) -> tuple[torch.dtype, list[Any]]:  # fmt: skip
+    """The dtype of the result of a dense accumulation in an autocast region, and weight, bias, norm_scale, norm_shift
+    and the states for it. As with torch's operators one by one: the product is of narrowed operands, while float32
+    states are normalised and activated in float32 first."""
+    tensors = autocast(weight, bias, norm_scale, norm_shift, *states)
+    result: Any = tensors[0]
+    plain = norm_scale is None and norm_shift is None and activation == "identity"
+    if plain or all(state.dtype != torch.float32 for state in states):
+        return result.dtype, tensors
+    operands = [None if t is None else t.to(torch.float32) for t in tensors[:2]]  # narrowed, and wide again
+    return result.dtype, operands + [t if t is None else t.to(torch.float32) for t in (norm_scale, norm_shift, *states)]
+
+
 def outside_autocast(like: Tensor) -> AbstractContextManager[Any]:
     """A context in which PyTorch's operators keep the dtypes that they are given: no autocast."""
     device = like.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()

@@ -56,7 +56,7 @@ def absence(backend: str) -> str | None:
     """Why the backend cannot be used at all in this process, or None."""
     if backend == "triton":
         return _broken_triton() if _HAS_TRITON else "Triton is not installed"
-    return _extension.REASONS.get(backend)
+    return None if backend == "reference" else _extension.REASONS.get(backend)
 
 
 def _broken_triton() -> str | None:
@@ -106,15 +106,14 @@ def select(op: str, backend: str | None, example: Tensor, **facts: object) -> st
         return backend
     if decomposes():
         return "reference"
+    supports = SUPPORTS[op]
     for name in PREFERENCE:
-        support = SUPPORTS[op].get(name)
+        support = supports.get(name)
         if support is None or (support.devices and device not in support.devices):
             continue
-        why = reasons(op, name, device, dtype, facts)
-        if not why:
+        if dtype in support.dtypes and absence(name) is None and (support.limit is None or not support.limit(**facts)):
             return name
-        if support.devices:
-            log_fallback(op, name, "; ".join(why))
+        log_fallback(op, name, "; ".join(reasons(op, name, device, dtype, facts)))
     raise AssertionError("the reference backend runs every call")
 
 

@@ -1,5 +1,5 @@
 """Argument checks shared by the operators. Each error names the operator, the argument, what was given and what is
-allowed, and is raised before any work."""
+allowed, and is raised before any work. What passes is only looked at: words are made for what does not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "gelu", "silu")
 KERNELS = ("local", "softmax", "gaussian", "dot")
 
@@ -41,7 +41,13 @@ def check_number(op: str, argument: str, given: object) -> None:
 
 def check_tensor(op: str, argument: str, given: object, like: Tensor | None = None, like_name: str = "") -> Tensor:
     """A floating-point tensor, on the device and of the dtype of `like` where that is given."""
-    if not isinstance(given, Tensor):
+    if isinstance(given, Tensor):
+        if like is None:
+            if given.dtype in FLOATS:
+                return given
+        elif given.dtype == like.dtype and given.device == like.device:
+            return given
+    else:
         raise TypeError(f"{op}: {argument} is of type {type(given).__name__}; expected a tensor")
     if given.dtype not in FLOATS:
         raise TypeError(f"{op}: {argument} is of {given.dtype}; expected float64, float32, bfloat16 or float16")
@@ -53,20 +59,38 @@ def check_tensor(op: str, argument: str, given: object, like: Tensor | None = No
     return given
 
 
-def check_states(op: str, states: object) -> list[Tensor]:
-    """A non-empty list or tuple of floating-point tensors of one dtype and device."""
+def check_tensors(op: str, like: Tensor | None = None, like_name: str = "", **named: Tensor | None) -> None:
+    """Those of the named tensors that are given: see `check_tensor`."""
+    for name, tensor in named.items():
+        if tensor is not None:
+            check_tensor(op, name, tensor, like, like_name)
+
+
+def check_states(op: str, states: object, mixed: bool = False) -> list[Tensor]:
+    """A non-empty list or tuple of floating-point tensors of one device and, unless `mixed`, dtype."""
     if not isinstance(states, (list, tuple)):
         raise TypeError(f"{op}: states is of type {type(states).__name__}; expected a list or tuple of tensors")
     if not states:
         fail(op, "states", "empty", "at least one tensor")
-    for j, state in enumerate(states):
-        check_tensor(op, f"states[{j}]", state, states[0] if j else None, "states[0]")
+    first = states[0]
+    fine = isinstance(first, Tensor) and first.dtype in FLOATS
+    for state in states:
+        fine = fine and isinstance(state, Tensor) and state.dtype == first.dtype and state.device == first.device
+    if not fine:
+        for j, state in enumerate(states):
+            check_tensor(op, f"states[{j}]", state, states[0] if j and not mixed else None, "states[0]")
+            if state.device != states[0].device:
+                fail(op, f"states[{j}]", f"on {state.device}", f"{states[0].device}, as states[0]")
     return list(states)
 
 
 def check_shape(op: str, argument: str, tensor: Tensor, *allowed: Iterable[int], meaning: str = "") -> None:
     """`tensor` has one of the `allowed` shapes; `meaning` writes them in symbols."""
+    given = tensor.shape
+    for sizes in allowed:
+        if given == sizes:
+            return
     shapes = [list(a) for a in allowed]
-    if list(tensor.shape) not in shapes:
+    if list(given) not in shapes:
         expected = " or ".join(str(s) for s in shapes) + (f" ({meaning})" if meaning else "")
         fail(op, argument, shape(tensor), expected)

@@ -28,7 +28,8 @@ inline bool is_half(ScalarType type) { return type == ScalarType::BFloat16 || ty
 
 // The tensor as the kernels read it: contiguous, half types widened to the float32 that they accumulate in.
 inline Tensor widened(const Tensor& t) {
-  return torch::stable::contiguous(is_half(t.scalar_type()) ? torch::stable::to(t, ScalarType::Float) : t);
+  const Tensor wide = is_half(t.scalar_type()) ? torch::stable::to(t, ScalarType::Float) : t;
+  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);  // a call through the dispatcher
 }
 
 // The result in the element type of the operator's inputs.

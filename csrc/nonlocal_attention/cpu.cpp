@@ -19,7 +19,7 @@ NonlocalTensor view(const Tensor& t, bool channels_first) {
 
 struct Prepared {
   NonlocalParams params{};
-  Tensor bandwidth, key_mask, centre, radius, shift, sum;
+  Tensor bandwidth, key_mask, centre_and_radius;
   std::vector<int64_t> key_count, key_index;
 };
 
@@ -78,12 +78,14 @@ Prepared prepare(const Tensor& query, const Tensor& key, const Tensor& value, co
   }
   if (key_mask) index_keys(r, *key_mask);
   const ScalarType compute = compute_type(query);
-  r.centre = empty(query, {p.batch, p.heads, p.width}, compute);
-  r.radius = empty(query, {p.batch, p.heads}, compute);
-  p.centre = centres_keys(p) ? r.centre.data_ptr() : nullptr;
-  p.radius = r.radius.data_ptr();
+  const int64_t pairs = p.batch * p.heads, centres = centres_keys(p) ? pairs * p.width : 0;
+  r.centre_and_radius = empty(query, {centres + pairs}, compute);
   dispatch_float("nonlocal_attention", compute, [&](auto zero) {
-    prepare_keys<decltype(zero)>(p, 0, p.batch * p.heads);
+    using T = decltype(zero);
+    T* const found = static_cast<T*>(r.centre_and_radius.data_ptr());
+    p.centre = centres ? found : nullptr;
+    p.radius = found + centres;
+    prepare_keys<T>(p, 0, pairs);
   });
   return r;
 }

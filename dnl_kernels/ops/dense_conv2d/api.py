@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ... import _backend
-from ..._autograd import autocast, differentiable
-from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, check_states, check_tensor, fail, shape
+from ..._autograd import autocast_affine, autocasts, differentiable, outside_autocast
+from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, check_states, check_tensors, fail, shape
 from . import reference
 
 OP = "dense_conv2d"
@@ -69,17 +69,19 @@ def dense_conv2d(
 
     Source: DNL Def. 1 with K_{l,j} a convolution (concatenation is a sum over blocks); DenseNet's BN-ReLU-Conv.
     """
+    options = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
+    check_tensors(OP, weight=weight, **options)
+    if autocasts(weight.device.type):
+        states = check_states(OP, states, mixed=True)
+        dtype, tensors = autocast_affine(states, weight, bias, norm_scale, norm_shift, activation)
+        with outside_autocast(weight):
+            weight, bias, norm_scale, norm_shift, *states = tensors
+            return dense_conv2d(
+                states, weight, bias, norm_scale=norm_scale, norm_shift=norm_shift, activation=activation, scale=scale,
+                backend=backend,
+            ).to(dtype)  # fmt: skip
     states = check_states(OP, states)
-    weight = check_tensor(OP, "weight", weight)
-    options = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
-    for name, option in options.items():
-        if option is not None:
-            check_tensor(OP, name, option)
-    *states, weight, bias, norm_scale, norm_shift = autocast(*states, weight, *options.values())  # type: ignore[assignment]
-    options = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
-    for name, tensor in {"weight": weight, **options}.items():
-        if tensor is not None:
-            check_tensor(OP, name, tensor, states[0], "states[0]")
+    check_tensors(OP, states[0], "states[0]", weight=weight, **options)
     _check_shapes(states, weight, options)
     check_choice(OP, "activation", activation, ACTIVATIONS)
     check_number(OP, "scale", scale)
@@ -94,23 +96,24 @@ def dense_conv2d(
 
 
 def _check_shapes(states: Sequence[Tensor], weight: Tensor, options: dict[str, Tensor | None]) -> None:
-    first = states[0]
+    batch, image, channels = states[0].shape[:1], states[0].shape[2:], 0
     for j, state in enumerate(states):
-        if state.dim() != 4:
+        given = state.shape
+        if len(given) != 4:
             fail(OP, f"states[{j}]", shape(state), "4 dimensions [B, C_j, H, W]")
-        if (state.shape[0], *state.shape[2:]) != (first.shape[0], *first.shape[2:]):
-            expected = [first.shape[0], "C_j", *first.shape[2:]]
+        if given[:1] != batch or given[2:] != image:
+            expected = [*batch, "C_j", *image]
             fail(OP, f"states[{j}]", shape(state), f"[{', '.join(map(str, expected))}], as states[0]")
-    channels = sum(state.shape[1] for state in states)
+        channels += given[1]
     if weight.dim() != 4:
         fail(OP, "weight", shape(weight), "4 dimensions [D, sum C_j, k, k]")
     outputs, _, size, _ = weight.shape
     if size % 2 == 0:
         fail(OP, "weight", shape(weight), f"[D, {channels}, k, k] with k odd")
     check_shape(OP, "weight", weight, (outputs, channels, size, size), meaning="D, sum C_j, k, k")
-    for name, length, meaning in (("bias", outputs, "D"), *((n, channels, "sum C_j") for n in list(options)[1:])):
-        option = options[name]
+    for name, option in options.items():
         if option is not None:
+            length, meaning = (outputs, "D") if name == "bias" else (channels, "sum C_j")
             check_shape(OP, name, option, (length,), meaning=meaning)
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ... import _backend
-from ..._autograd import autocast, differentiable
-from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, check_states, check_tensor, fail, shape
+from ..._autograd import autocast_affine, autocasts, differentiable, outside_autocast
+from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, check_states, check_tensors, fail, shape
 from . import cpu, reference
 
 OP = "dense_linear"
@@ -55,27 +55,26 @@ def dense_linear(
 
     Source: DNL Def. 1 (the affine map of several states), DNL (1) with K_{l,j} a matrix that acts on each token.
     """
+    options = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
+    check_tensors(OP, weight=weight, **options)
+    if autocasts(weight.device.type):
+        states = check_states(OP, states, mixed=True)
+        dtype, tensors = autocast_affine(states, weight, bias, norm_scale, norm_shift, activation)
+        with outside_autocast(weight):
+            weight, bias, norm_scale, norm_shift, *states = tensors
+            return dense_linear(
+                states, weight, bias, norm_scale=norm_scale, norm_shift=norm_shift, activation=activation, scale=scale,
+                backend=backend,
+            ).to(dtype)  # fmt: skip
     states = check_states(OP, states)
-    optional = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
-    check_tensor(OP, "weight", weight)
-    for name, tensor in optional.items():
-        if tensor is not None:
-            check_tensor(OP, name, tensor)
-    weight, bias, norm_scale, norm_shift, *states = autocast(weight, *optional.values(), *states)  # type: ignore[assignment]
+    first = states[0]
+    check_tensors(OP, first, "states[0]", weight=weight, **options)
     check_choice(OP, "activation", activation, ACTIVATIONS)
     check_number(OP, "scale", scale)
-    first = states[0]
-    if first.dim() == 0:
-        fail(OP, "states[0]", shape(first), "[..., C_0]")
-    for j, state in enumerate(states):
-        if state.shape[:-1] != first.shape[:-1] or state.dim() == 0:
-            fail(OP, f"states[{j}]", shape(state), f"{[*first.shape[:-1], 'C_j']}, as states[0]")
-    channels = sum(state.shape[-1] for state in states)
-    check_tensor(OP, "weight", weight, first, "states[0]")
+    channels = _check_shapes(states)
     check_shape(OP, "weight", weight, (weight.shape[0] if weight.dim() else 0, channels), meaning="D, sum C_j")
-    for name, tensor in zip(optional, (bias, norm_scale, norm_shift), strict=True):
+    for name, tensor in options.items():
         if tensor is not None:
-            check_tensor(OP, name, tensor, first, "states[0]")
             size, meaning = (weight.shape[0], "D") if name == "bias" else (channels, "sum C_j")
             check_shape(OP, name, tensor, (size,), meaning=meaning)
     chosen = _backend.select(OP, backend, first)
@@ -83,6 +82,20 @@ def dense_linear(
         return reference.dense_linear(states, weight, bias, norm_scale, norm_shift, activation, scale)
     function = _function_cpu if chosen == "cpu" else _function
     return function(Config(activation, float(scale), chosen), weight, bias, norm_scale, norm_shift, *states)
+
+
+def _check_shapes(states: Sequence[Tensor]) -> int:
+    """The channels of all states together."""
+    first, channels = states[0], 0
+    if first.dim() == 0:
+        fail(OP, "states[0]", shape(first), "[..., C_0]")
+    rows = first.shape[:-1]
+    for j, state in enumerate(states):
+        size = state.shape
+        if size[:-1] != rows or not size:
+            fail(OP, f"states[{j}]", shape(state), f"{[*rows, 'C_j']}, as states[0]")
+        channels += size[-1]
+    return channels
 
 
 def _forward(config, tensors):

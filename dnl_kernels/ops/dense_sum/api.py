@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._autograd import autocast, differentiable
+from ..._autograd import autocasts, differentiable
 from ..._checks import check_shape, check_states, check_tensor, fail, shape
 from . import reference
 
@@ -38,26 +40,30 @@ def dense_sum(states: Sequence[Tensor], weight: Tensor, *, channel_dim: int = -1
         backend: None (the best), "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        A tensor of the states' shape and dtype. Half types accumulate in float32.
+        A tensor of the states' shape and dtype. Half types accumulate in float32. Autocast narrows nothing, and in its
+        regions states of different dtypes meet in the widest.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, named in the message.
 
     Source: DNL Def. 1 with scalar or diagonal K; DenseFormer's depth-weighted average is the scalar case.
     """
-    states = check_states(OP, states)
-    weight = check_tensor(OP, "weight", weight)
-    *states, weight = autocast(*states, weight)  # type: ignore[assignment]
-    check_tensor(OP, "weight", weight, states[0], "states[0]")
+    check_tensor(OP, "weight", weight)
+    if autocasts(weight.device.type):
+        states, weight = _promoted(check_states(OP, states, mixed=True), weight)
+    else:
+        states = check_states(OP, states)
     first = states[0]
+    check_tensor(OP, "weight", weight, first, "states[0]")
+    size = first.shape
     for j, state in enumerate(states):
-        if state.shape != first.shape:
-            fail(OP, f"states[{j}]", shape(state), f"{list(first.shape)}, as states[0]")
+        if state.shape != size:
+            fail(OP, f"states[{j}]", shape(state), f"{list(size)}, as states[0]")
     if weight.dim() == 2:
         if not -first.dim() <= channel_dim < first.dim():
             fail(OP, "channel_dim", channel_dim, f"a dimension of states[0] {shape(first)}")
         channel_dim %= first.dim()
-        check_shape(OP, "weight", weight, (len(states), first.shape[channel_dim]), meaning="J, C")
+        check_shape(OP, "weight", weight, (len(states), size[channel_dim]), meaning="J, C")
     else:
         check_shape(OP, "weight", weight, (len(states),), meaning="J")
         channel_dim = 0
@@ -65,6 +71,16 @@ def dense_sum(states: Sequence[Tensor], weight: Tensor, *, channel_dim: int = -1
     if chosen == "reference":
         return reference.dense_sum(states, weight, channel_dim)
     return _function(Config(channel_dim, chosen), weight, *states)
+
+
+def _promoted(states: list[Tensor], weight: Tensor) -> tuple[list[Tensor], Tensor]:
+    """In an autocast region PyTorch narrows no sum and no product with numbers: different dtypes meet in the widest, of
+    which a single number of weight [J] changes none."""
+    types = [state.dtype for state in states]
+    if weight.dim() != 1 or states[0].dim() == 0:
+        types.append(weight.dtype)
+    dtype = functools.reduce(torch.promote_types, types)
+    return [state.to(dtype) for state in states], weight.to(dtype)
 
 
 def _forward(config, tensors):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._autograd import autocast, differentiable
+from ..._autograd import autocast, autocasts, differentiable
 from ..._checks import (
     KERNELS,
     check_choice,
@@ -14,6 +14,7 @@ from ..._checks import (
     check_positive,
     check_shape,
     check_tensor,
+    check_tensors,
     fail,
     shape,
 )
@@ -86,16 +87,16 @@ def nonlocal_attention(
     check_choice(OP, "kernel", kernel, KERNELS)
     check_choice(OP, "layout", layout, LAYOUTS)
     _backend.check_backend(OP, backend)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(OP, name, tensor)
-    query, key, value = autocast(query, key, value)  # type: ignore[assignment]
+    check_tensors(OP, query=query, key=key, value=value)
+    if autocasts(query.device.type):
+        query, key, value = autocast(query, key, value)  # type: ignore[assignment]
     channels_first = layout == "channels_first"
     heads, queries, width = _check_shapes(query, key, value, kernel, channels_first)
     _check_mask(key_mask, key, channels_first)
     width_scale = _check_scale(scale, kernel, width)
     bandwidth = _check_bandwidth(bandwidth, kernel, query, heads)
-    facts = {"width": width, "value_width": value.shape[2 if channels_first else 3]}
-    chosen = _backend.select(OP, backend, query, **facts)
+    value_width = value.shape[2 if channels_first else 3]
+    chosen = _backend.select(OP, backend, query, width=width, value_width=value_width)
     config = Config(kernel, width_scale, bool(normalize), bool(causal), channels_first, chosen)
     if kernel == "local":
         return _local(value, key_mask, channels_first)
@@ -109,21 +110,21 @@ def nonlocal_attention(
 
 
 def _check_shapes(query, key, value, kernel, channels_first) -> tuple[int, int, int]:
-    names = ("B, h, D, N", "B, h, D, M", "B, h, E, M") if channels_first else ("B, h, N, D", "B, h, M, D", "B, h, M, E")
-    for name, t, meaning in zip(("query", "key", "value"), (query, key, value), names, strict=True):
-        check_tensor(OP, name, t, query, "query")
-        if t.dim() != 4:
-            fail(OP, name, shape(t), f"4 dimensions ({meaning})")
+    check_tensors(OP, query, "query", key=key, value=value)
     position, feature = (3, 2) if channels_first else (2, 3)
-    B, h, D, M = query.shape[0], query.shape[1], query.shape[feature], key.shape[position]
+    sizes = query.shape, key.shape, value.shape
+    names = ("B, h, D, N", "B, h, D, M", "B, h, E, M") if channels_first else ("B, h, N, D", "B, h, M, D", "B, h, M, E")
+    for name, size, t, meaning in zip(("query", "key", "value"), sizes, (query, key, value), names, strict=True):
+        if len(size) != 4:
+            fail(OP, name, shape(t), f"4 dimensions ({meaning})")
+    B, h, D, N, M, E = *sizes[0][:2], sizes[0][feature], sizes[0][position], sizes[1][position], sizes[2][feature]
     if D == 0:
         fail(OP, "query", shape(query), "a width D of at least 1")
     check_shape(OP, "key", key, (B, h, D, M) if channels_first else (B, h, M, D), meaning=names[1])
-    E = value.shape[feature]
     check_shape(OP, "value", value, (B, h, E, M) if channels_first else (B, h, M, E), meaning=names[2])
-    if kernel == "local" and query.shape[position] != M:
-        fail(OP, "key", shape(key), f"as many positions as query, {query.shape[position]}, for kernel='local'")
-    return h, query.shape[position], D
+    if kernel == "local" and N != M:
+        fail(OP, "key", shape(key), f"as many positions as query, {N}, for kernel='local'")
+    return h, N, D
 
 
 def _check_mask(key_mask, key, channels_first) -> None:
