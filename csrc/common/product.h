@@ -20,6 +20,12 @@ constexpr int product_rows(int vectors) {
   return rows < 14 ? rows : 14;
 }
 
+// Lines of memory that whoever comes next will read: one for every step of a tile's loop.
+struct Stream {
+  const char* line;
+  int64_t step;  // bytes
+};
+
 // K = outer * inner; number (m, k) of A is a[k / inner * outer_step + k % inner * KS + m * MS], KS and MS template
 // arguments below.
 template <class T>
@@ -33,10 +39,12 @@ struct Product {
   const T* bias;        // of the outputs; nullptr: 0
   bool accumulate;      // C += instead of C = bias +
   T floor;              // numbers below it become it: relu's 0, or -inf
+  const Stream* ahead = nullptr;  // each is fetched into the second cache by a tile
+  int64_t streams = 0;
 };
 
 template <class T, int M, int N, int KS, int MS>
-void product_tile(const Product<T>& p, int64_t row, int64_t vector) {
+void product_tile(const Product<T>& p, int64_t row, int64_t vector, Stream ahead) {
   constexpr int kPerBlock = kOutputBlock / kLanes<T>;
   const T* w[N];
 #pragma GCC unroll 4
@@ -55,7 +63,8 @@ void product_tile(const Product<T>& p, int64_t row, int64_t vector) {
   int64_t at = 0;
   for (int64_t o = 0; o < p.outer; o++, from += p.outer_step) {
     const T* a = from;
-    for (int64_t k = 0; k < p.inner; k++, a += KS, at += kOutputBlock) {
+    for (int64_t k = 0; k < p.inner; k++, a += KS, at += kOutputBlock, ahead.line += ahead.step) {
+      __builtin_prefetch(ahead.line, 0, 2);
       Vec<T> v[N];
 #pragma GCC unroll 4
       for (int j = 0; j < N; j++) {
@@ -80,7 +89,7 @@ void product_tile(const Product<T>& p, int64_t row, int64_t vector) {
 // The tiles of N vectors with 1 .. product_rows(N) rows.
 template <class T, int N, int KS, int MS>
 struct ProductTiles {
-  using Tile = void (*)(const Product<T>&, int64_t, int64_t);
+  using Tile = void (*)(const Product<T>&, int64_t, int64_t, Stream);
   Tile tile[product_rows(N) + 1];
 
   constexpr ProductTiles() : tile{} { fill<product_rows(N)>(); }
@@ -94,12 +103,13 @@ struct ProductTiles {
 };
 
 template <class T, int N, int KS, int MS>
-DNL_INLINE void product_column(const Product<T>& p, int64_t rows, int64_t vector) {
+DNL_INLINE void product_column(const Product<T>& p, int64_t rows, int64_t vector, int64_t& streams) {
   static constexpr ProductTiles<T, N, KS, MS> tiles;
   const int64_t pieces = (rows + product_rows(N) - 1) / product_rows(N);
   for (int64_t i = 0; i < pieces; i++) {
     const int64_t first = i * rows / pieces;
-    tiles.tile[(i + 1) * rows / pieces - first](p, first, vector);
+    const Stream ahead = streams < p.streams ? p.ahead[streams++] : Stream{reinterpret_cast<const char*>(p.a), 0};
+    tiles.tile[(i + 1) * rows / pieces - first](p, first, vector, ahead);
   }
 }
 
@@ -108,14 +118,15 @@ template <class T, int KS, int MS>
 void product(const Product<T>& p, int64_t rows, int64_t begin, int64_t end) {
   constexpr int kPerBlock = kOutputBlock / kLanes<T>;
   const int64_t vectors = (end - begin) * kPerBlock, groups = (vectors + kProductVectors - 1) / kProductVectors;
+  int64_t streams = 0;
   for (int64_t g = 0; g < groups; g++) {
     const int64_t first = g * vectors / groups, count = (g + 1) * vectors / groups - first;
     const int64_t vector = begin * kPerBlock + first;
-    if (count == 1) product_column<T, 1, KS, MS>(p, rows, vector);
-    if (count == 2) product_column<T, 2, KS, MS>(p, rows, vector);
+    if (count == 1) product_column<T, 1, KS, MS>(p, rows, vector, streams);
+    if (count == 2) product_column<T, 2, KS, MS>(p, rows, vector, streams);
     if constexpr (kProductVectors > 2) {
-      if (count == 3) product_column<T, 3, KS, MS>(p, rows, vector);
-      if (count == 4) product_column<T, 4, KS, MS>(p, rows, vector);
+      if (count == 3) product_column<T, 3, KS, MS>(p, rows, vector, streams);
+      if (count == 4) product_column<T, 4, KS, MS>(p, rows, vector, streams);
     }
   }
 }

@@ -121,6 +121,29 @@ DNL_INLINE void store_channels_first(const T* pixels, int64_t growth, int64_t wi
     }
 }
 
+constexpr int64_t kMostBlocks = 12, kStreams = kBottleneckPanel / 8 + 1 + 2 * kMostBlocks;
+
+// What expand reads after part `part` of a panel: the next part's pixels and weights, or the next panel's pixels.
+template <class T>
+DNL_INLINE int64_t streams_ahead(const BottleneckMaps& maps, const BottleneckLayer<T>& layer, const T* states,
+                                 int64_t part, int64_t parts, int64_t first, int64_t count, int64_t begin, int64_t end,
+                                 Stream* ahead) {
+  constexpr int64_t kLine = 64, kPerLine = kLine / sizeof(T);
+  end = end - begin < kMostBlocks ? end : begin + kMostBlocks;
+  const bool last = part + 1 == parts;
+  const int64_t channel = last ? 0 : (part + 1) * layer.channels / parts, pixel = last ? first + count : first;
+  int64_t n = 0;
+  const T* pixels = states + pixel / maps.pixels() * maps.image_stride + pixel % maps.pixels() +
+                    (layer.spans->first + channel) * maps.pixels();
+  for (int64_t i = 0; i < count + kPerLine - 1; i += kPerLine)
+    ahead[n++] = {reinterpret_cast<const char*>(pixels + i), maps.pixels() * int64_t(sizeof(T))};
+  for (int64_t b = begin; b < end && !last; b++)
+    for (int64_t i = 0; i < kOutputBlock; i += kPerLine)
+      ahead[n++] = {reinterpret_cast<const char*>(layer.weight + (b * layer.channels + channel) * kOutputBlock + i),
+                    kOutputBlock * int64_t(sizeof(T))};
+  return n;
+}
+
 }  // namespace
 
 template <class T>
@@ -157,9 +180,11 @@ void bottleneck_expand(const BottleneckMaps& maps, const BottleneckLayer<T>& lay
       used += n;
       if (used == span->count) span++, used = 0;
     }
+    Stream ahead[kStreams];
+    const int64_t streams = streams_ahead(maps, layer, states, part, parts, first, count, begin, end, ahead);
     const T floor = relu && part + 1 == parts ? T(0) : T(-__builtin_inf());
     const Product<T> p{panel, 1,    0,          depth,    layer.weight + from * kOutputBlock, layer.channels * kOutputBlock,
-                       z,     rows, layer.bias, part > 0, floor};
+                       z,     rows, layer.bias, part > 0, floor, ahead, streams};
     product<T, kBottleneckPanel, 1>(p, count, begin, end);
   }
   if (relu || layer.activation == Activation::identity) return;
