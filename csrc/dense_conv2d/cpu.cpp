@@ -85,7 +85,7 @@ template <class T>
 Stack<const T> read(const Problem& p, const Tile& tile, Planes<const T> x, int64_t channels, const T* scale,
                     const T* shift, Activation activation, T* copy) {
   const FlatPlane& f = tile.flat;
-  if (p.in_place && activation == Activation::identity && !scale && !shift) return in_place(tile, x);
+  if (p.in_place && activation.kind == ActivationKind::identity && !scale && !shift) return in_place(tile, x);
   if (p.in_place)
     activate_tile<T>(f, in_place(tile, x), channels, scale, shift, nullptr, activation, copy, nullptr);
   else
@@ -147,7 +147,7 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
   const int64_t affordable = std::max<int64_t>(1, (int64_t(1) << 24) / std::max<int64_t>(1, filters));
   const int64_t chunks = std::min(std::min(tiles, kConvChunks), affordable);
   const bool pull = !g.states.empty() || g.norm_scale || g.norm_shift;
-  const bool plain = p.activation == Activation::identity && !p.norm_scale && !p.norm_shift;
+  const bool plain = p.activation.kind == ActivationKind::identity && !p.norm_scale && !p.norm_shift;
   std::vector<T> packed(pull ? filters : 0), partial(g.weight ? chunks * filters : 0);
   const int64_t row = 2 * p.channels + p.outputs;  // sums of v and v * x for each channel, of dy for each output
   std::vector<double> sums(chunks * row);
@@ -176,7 +176,7 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
       const Planes<const T> dy_tile = at(dy, tile.image, 0);
       // A copy even where they could be read in place: every group of channels reads all of them, and planes are often a
       // multiple of 4 KiB apart, which are in one set of the first-level cache.
-      DNL_ISA_CALL(load_planes<T>(tile, dy_tile, p.outputs, none, none, Activation::identity, gradients));
+      DNL_ISA_CALL(load_planes<T>(tile, dy_tile, p.outputs, none, none, kIdentity, gradients));
       const Stack<const T> grad{gradients, f.length()};
       for (int64_t o = 0; g.bias && o < p.outputs; o++)
         for (int64_t b = 0; b < f.images; b++) {
@@ -191,10 +191,10 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
           const int64_t at_channel = channel + c;
           const T* a = from_channel<T>(p.norm_scale, at_channel);
           const Planes<const T> x = at(planes_of<const T>(p.states[s]), tile.image, c);
-          const Stack<const T> u = read(p, tile, x, n, none, none, Activation::identity, copy);
+          const Stack<const T> u = read(p, tile, x, n, none, none, kIdentity, copy);
           Stack<const T> value = u, slope{nullptr, 0};
           if (!plain) {
-            const bool relu = p.activation == Activation::relu;  // its values tell the slope
+            const bool relu = p.activation.kind == ActivationKind::relu;  // its values tell the slope
             activate_tile<T>(f, u, n, a, from_channel<T>(p.norm_shift, at_channel), p.in_place ? nullptr : mask,
                              p.activation, values, relu ? nullptr : slopes);
             value = {values, f.length()};

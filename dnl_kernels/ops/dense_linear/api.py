@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _backend
 from ..._autograd import autocast, differentiable
-from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, check_states, check_tensor, fail, shape
+from ..._checks import check_activation, check_number, check_shape, check_states, check_tensor, fail, shape
 from . import cpu, reference
 
 OP = "dense_linear"
@@ -42,7 +42,8 @@ def dense_linear(
         weight: [D, sum C_j], blocks in the order of the states.
         bias: [D] or None; it is not scaled.
         norm_scale, norm_shift: [sum C_j] or None (one and zero), a folded normalisation of the states.
-        activation: "identity", "relu", "leaky_relu", "tanh", "gelu" or "silu", of the normalised states.
+        activation: "identity", "relu", "leaky_relu", "leaky_relu(0.2)" (any slope), "tanh", "gelu" or "silu",
+            of the normalised states.
         scale: a number: the step tau, or 1.
         backend: None (the best), "reference", "cpu", "triton" or "cuda".
 
@@ -62,7 +63,7 @@ def dense_linear(
         if tensor is not None:
             check_tensor(OP, name, tensor)
     weight, bias, norm_scale, norm_shift, *states = autocast(weight, *optional.values(), *states)  # type: ignore[assignment]
-    check_choice(OP, "activation", activation, ACTIVATIONS)
+    check_activation(OP, "activation", activation)
     check_number(OP, "scale", scale)
     first = states[0]
     if first.dim() == 0:
