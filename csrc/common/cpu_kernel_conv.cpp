@@ -157,10 +157,11 @@ void activate_run(const T* u, int64_t n, T scale, T shift, const T* mask, Activa
       store(value + p, a * m);
       if (slope) store(slope + p, d * m);
     }
-    for (; p < n; p++) {
-      activate<T, A>(broadcast(u[p]) * s + h, leak, a, d);
-      value[p] = a[0] * (mask ? mask[p] : T(1));
-      if (slope) slope[p] = d[0] * (mask ? mask[p] : T(1));
+    if (const int left = int(n - p)) {
+      activate<T, A>(load_partial(u + p, left) * s + h, leak, a, d);
+      const Vec<T> m = mask ? load_partial(mask + p, left) : broadcast(T(1));
+      store_partial(value + p, a * m, left);
+      if (slope) store_partial(slope + p, d * m, left);
     }
   });
 }

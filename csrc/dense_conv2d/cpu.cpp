@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/conv_host.h"
+#include "common/winograd_host.h"
 
 namespace dnl {
 namespace {
@@ -93,8 +94,42 @@ Stack<const T> read(const Problem& p, const Tile& tile, Planes<const T> x, int64
   return {copy, f.length()};
 }
 
+bool wide(const Problem& p) { return is_wide(p.size, p.channels, p.outputs); }
+
+template <class T>
+std::vector<WideInput<T>> wide_inputs(const Problem& p) {
+  std::vector<WideInput<T>> inputs;
+  int64_t channel = 0;
+  for (const Tensor& state : p.states) {
+    inputs.push_back({planes_of<const T>(state), state.size(1), from_channel<T>(p.norm_scale, channel),
+                      from_channel<T>(p.norm_shift, channel), p.activation});
+    channel += state.size(1);
+  }
+  return inputs;
+}
+
+// One row of an image.
+template <class T>
+T* row_of(Planes<T> planes, int64_t image, int64_t channel, int64_t pixel) {
+  return at(planes, image, channel).data + pixel;
+}
+
+template <class T>
+void forward_wide(const Problem& p, const T* bias, Planes<T> y) {
+  const TileGrid grid{p.batch, p.height, p.width};
+  const std::vector<T> filters =
+      wide_filters(static_cast<const T*>(p.weight.data_ptr()), p.outputs, p.channels, p.scale);
+  convolve_wide(grid, wide_inputs<T>(p), filters.data(), p.outputs,
+                [&](int64_t, int64_t o, int64_t image, int64_t row, int64_t x, int64_t n, const T* sums) {
+                  DNL_ISA_CALL(activate_run<T>(sums, n, T(1), bias ? bias[o] : T(0), static_cast<const T*>(nullptr),
+                                               kIdentity, row_of(y, image, o, row * p.width + x),
+                                               static_cast<T*>(nullptr)));
+                });
+}
+
 template <class T>
 void forward(const Problem& p, const T* bias, Planes<T> y) {
+  if (wide(p)) return forward_wide(p, bias, y);
   std::vector<T> packed(p.outputs * p.channels * p.taps);
   pack_filters(static_cast<const T*>(p.weight.data_ptr()), p.outputs, p.channels, p.taps, T(p.scale), packed.data());
   const int64_t length = p.tiling.largest().length(), block = conv_block(p.taps);
@@ -140,8 +175,60 @@ struct Gradients {
   bool accumulate = false;  // the states' gradients are added to what is there
 };
 
+// Sums over all pixels of every output's gradient.
+template <class T>
+void sum_outputs(const Problem& p, Planes<const T> dy, T* sums) {
+  parallel_tasks(0, p.outputs, 1, [&](int64_t o, int64_t) {
+    double sum = 0;
+    for (int64_t b = 0; b < p.batch; b++) {
+      double mean = 0, deviations = 0;
+      const int64_t pixels = p.height * p.width;
+      DNL_ISA_CALL(moments<T>(at(dy, b, o).data, pixels, &mean, &deviations));
+      sum += pixels ? mean * pixels : 0;
+    }
+    sums[o] = static_cast<T>(sum);
+  });
+}
+
+template <class T>
+void backward_wide(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
+  const TileGrid grid{p.batch, p.height, p.width};
+  const T* const weight = static_cast<const T*>(p.weight.data_ptr());
+  const bool sums_norm = g.norm_scale || g.norm_shift;
+  const std::vector<WideInput<T>> inputs = wide_inputs<T>(p);
+  if (g.weight) weight_gradient_wide(grid, inputs, dy, p.outputs, p.scale, g.weight);
+  if (g.bias) sum_outputs(p, dy, g.bias);
+  const int64_t runs = runs_of(grid);
+  for (int64_t s = 0, first = 0; (!g.states.empty() || sums_norm) && s < int64_t(inputs.size());
+       first += inputs[s++].channels) {
+    const WideInput<T>& in = inputs[s];
+    const std::vector<T> filters = wide_filters_back(weight, p.outputs, p.channels, first, in.channels, p.scale);
+    std::vector<double> sums(sums_norm ? runs * in.channels * 2 : 0);  // of v and v * x, for every run
+    const auto finish = [&](int64_t run, int64_t c, int64_t image, int64_t row, int64_t x, int64_t n, const T* v) {
+      const int64_t pixel = row * p.width + x;
+      T unwanted[2 * kRun];
+      double unused[2] = {};
+      DNL_ISA_CALL(activate_back_run<T>(v, row_of(in.planes, image, c, pixel), n, in.scale ? in.scale[c] : T(1),
+                                        in.shift ? in.shift[c] : T(0), T(0), in.activation, g.accumulate,
+                                        g.states.empty() ? unwanted : row_of(g.states[s], image, c, pixel),
+                                        sums_norm ? &sums[(run * in.channels + c) * 2] : unused));
+    };
+    convolve_wide(grid, {{dy, p.outputs, nullptr, nullptr, kIdentity}}, filters.data(), in.channels, finish);
+    for (int64_t c = 0; sums_norm && c < in.channels; c++) {
+      double plain = 0, moment = 0;
+      for (int64_t run = 0; run < runs; run++) {
+        plain += sums[(run * in.channels + c) * 2];
+        moment += sums[(run * in.channels + c) * 2 + 1];
+      }
+      if (g.norm_shift) g.norm_shift[first + c] = static_cast<T>(plain);
+      if (g.norm_scale) g.norm_scale[first + c] = static_cast<T>(moment);
+    }
+  }
+}
+
 template <class T>
 void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
+  if (wide(p)) return backward_wide(p, dy, g);
   const int64_t tiles = p.tiling.count(), filters = p.channels * p.taps * p.outputs;
   // Few partial sums where each is large.
   const int64_t affordable = std::max<int64_t>(1, (int64_t(1) << 24) / std::max<int64_t>(1, filters));
