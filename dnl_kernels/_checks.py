@@ -9,8 +9,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from . import _activations
+
 FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
-ACTIVATIONS = ("identity", "relu", "leaky_relu", "tanh", "gelu", "silu")
 KERNELS = ("local", "softmax", "gaussian", "dot")
 
 
@@ -25,6 +26,16 @@ def shape(tensor: Tensor) -> str:
 def check_choice(op: str, argument: str, given: object, allowed: Sequence[str | None]) -> None:
     if given not in allowed:
         fail(op, argument, repr(given), "one of " + ", ".join(map(str, allowed)))
+
+
+def check_activation(op: str, argument: str, given: object) -> None:
+    """A name that `_activations.parse` reads."""
+    if not isinstance(given, str):
+        raise TypeError(f"{op}: {argument} is of type {type(given).__name__}; expected a string")
+    try:
+        _activations.parse(given)
+    except ValueError:
+        fail(op, argument, repr(given), f"one of {_activations.NAMES}")
 
 
 def check_positive(op: str, argument: str, given: object) -> None:

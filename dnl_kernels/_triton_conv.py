@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._activations import parse
 from ._triton import VECTOR, aligned, architecture, as_rows, dot_precision, pointer_table, power_of_two
 
 # --- inside the kernels ----------------------------------------------------------------------------------------------
@@ -44,11 +45,11 @@ def _tanh(u):
 
 
 @triton.jit
-def _activate(u, ACTIVATION: tl.constexpr):
+def _activate(u, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     if ACTIVATION == "relu":
         u = tl.where(u <= 0, 0.0, u)  # a NaN stays
     elif ACTIVATION == "leaky_relu":
-        u = tl.where(u > 0, u, 0.01 * u)
+        u = tl.where(u > 0, u, SLOPE * u)
     elif ACTIVATION == "tanh":
         u = _tanh(u)
     elif ACTIVATION == "gelu":
@@ -59,12 +60,12 @@ def _activate(u, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _pull(g, u, ACTIVATION: tl.constexpr):
+def _pull(g, u, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """act'(u) * g"""
     if ACTIVATION == "relu":
         g = tl.where(u <= 0, 0.0, g)
     elif ACTIVATION == "leaky_relu":
-        g = tl.where(u > 0, g, 0.01 * g)
+        g = tl.where(u > 0, g, SLOPE * g)
     elif ACTIVATION == "tanh":
         t = _tanh(u)
         g = g * (1.0 - t * t)
@@ -172,7 +173,8 @@ def _pointers(base, image, place, c, stride, plane, LAST: tl.constexpr, ALIGNED:
 @triton.jit
 def _accumulated(
     y, TABLE, X, WEIGHT, SCALE, SHIFT, image, place, inside, n, count, plane, width, outputs, tap_stride,
-    channel_stride, output_stride, SIZE: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr,
+    channel_stride, output_stride, SIZE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+    LAST: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """y + sum_j W_j (*) act(norm_scale x_j + norm_shift), a tile [pixels, outputs n]."""
@@ -185,7 +187,7 @@ def _accumulated(
             exists = c < channels
             seen, valid = _tap(place, inside, tap, plane, width, SIZE)
             x = _load(state, image, seen, valid, c, exists, stride, plane, LAST, ALIGNED)
-            u = _activate(_normalise(x, first + c, exists, SCALE, SHIFT), ACTIVATION)
+            u = _activate(_normalise(x, first + c, exists, SCALE, SHIFT), ACTIVATION, SLOPE)
             z = tl.where(valid[:, None], u, 0.0).to(x.dtype)  # the padding comes after the activation
             w = WEIGHT + tap * tap_stride + ((first + c) * channel_stride)[:, None] + (n * output_stride)[None, :]
             w = tl.load(w, mask=exists[:, None] & (n < outputs)[None, :], other=0.0)
@@ -200,7 +202,8 @@ def _accumulated(
 def accumulate_kernel(
     TABLE, X, WEIGHT, BIAS, SCALE, SHIFT, Y, MOMENTS, count, pixels, plane, width, outputs, y_stride,
     tap_stride, channel_stride, output_stride, scale,
-    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr, Y_LAST: tl.constexpr, ALIGNED: tl.constexpr,
+    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr, Y_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr, COLUMNS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """A tile of y, and its means and sums of squared deviations per channel into MOMENTS [tiles, 2, outputs]."""
@@ -210,7 +213,8 @@ def accumulate_kernel(
     n = tl.program_id(1) * N + tl.arange(0, N)
     y = _accumulated(
         tl.zeros((P, N), tl.float32), TABLE, X, WEIGHT, SCALE, SHIFT, image, place, inside, n, count, plane, width,
-        outputs, tap_stride, channel_stride, output_stride, SIZE, ACTIVATION, LAST, ALIGNED, PRECISION, COLUMNS, K,
+        outputs, tap_stride, channel_stride, output_stride, SIZE, ACTIVATION, SLOPE, LAST, ALIGNED, PRECISION,
+        COLUMNS, K,
     )  # fmt: skip
     y *= scale
     if BIAS is not None:
@@ -232,7 +236,8 @@ def accumulate_kernel(
 def pull_kernel(
     DY, TABLE, DTABLE, X, DX, WEIGHT, SCALE, SHIFT, PARTIAL, count, pixels, plane, width, outputs, total, dy_stride,
     tap_stride, channel_stride, output_stride, scale,
-    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr, Y_LAST: tl.constexpr, DX_LAST: tl.constexpr,
+    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr, Y_LAST: tl.constexpr,
+    DX_LAST: tl.constexpr,
     ADD: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +260,7 @@ def pull_kernel(
         g = tl.dot(dy, w, g, input_precision=PRECISION)
     mask = inside[:, None] & exists[None, :]
     x = _load(state, image, place, inside, c, exists, stride, plane, LAST, ALIGNED)
-    g = tl.where(mask, _pull(g * scale, _normalise(x, first + c, exists, SCALE, SHIFT), ACTIVATION), 0.0)
+    g = tl.where(mask, _pull(g * scale, _normalise(x, first + c, exists, SCALE, SHIFT), ACTIVATION, SLOPE), 0.0)
     if PARTIAL is not None:
         PARTIAL += tl.program_id(0).to(tl.int64) * 2 * total + first + c
         tl.store(PARTIAL, tl.sum(g * x.to(tl.float32), 0), mask=exists)
@@ -273,7 +278,8 @@ def pull_kernel(
 @triton.jit(do_not_specialize=["count", "steps"])
 def weight_gradient_kernel(
     DY, TABLE, X, SCALE, SHIFT, PARTIAL, count, steps, pixels, plane, width, outputs, total, dy_stride, scale,
-    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr, Y_LAST: tl.constexpr, ALIGNED: tl.constexpr,
+    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr, Y_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
@@ -290,7 +296,7 @@ def weight_gradient_kernel(
         inside = p < pixels
         seen, valid = _tap(place, inside, tap, plane, width, SIZE)
         x = _load(state, image, seen, valid, c, exists, stride, plane, LAST, ALIGNED)
-        u = _activate(_normalise(x, first + c, exists, SCALE, SHIFT), ACTIVATION)
+        u = _activate(_normalise(x, first + c, exists, SCALE, SHIFT), ACTIVATION, SLOPE)
         z = tl.where(valid[:, None], u, 0.0).to(x.dtype)
         dy = _load(DY, image, place, inside, n, n < outputs, dy_stride, plane, Y_LAST, False)
         dw = tl.dot(tl.trans(dy), z, dw, input_precision=PRECISION)
@@ -403,7 +409,10 @@ class Problem(NamedTuple):
         return self.weight.permute(2, 3, 1, 0).contiguous(), channels * outputs, outputs, 1
 
     def static(self) -> dict:
-        return {"SIZE": self.size, "ACTIVATION": self.activation, "PRECISION": dot_precision(), "COLUMNS": COLUMNS}
+        kind, slope = parse(self.activation)
+        return {
+            "SIZE": self.size, "ACTIVATION": kind, "SLOPE": slope, "PRECISION": dot_precision(), "COLUMNS": COLUMNS,
+        }  # fmt: skip
 
 
 class Tile(NamedTuple):

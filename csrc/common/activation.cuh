@@ -5,31 +5,29 @@
 
 namespace dnl {
 
-constexpr float kLeakySlope = 0.01f;
-
 DNL_DEVICE float logistic(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 DNL_DEVICE float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::relu: return x < 0 ? 0.0f : x;  // NaN stays NaN
-    case Activation::leaky_relu: return x < 0 ? kLeakySlope * x : x;
-    case Activation::tanh: return tanhf(x);
-    case Activation::gelu: return x * (0.5f + 0.5f * erff(x * 0.70710678f));
-    case Activation::silu: return x * logistic(x);
+  switch (activation.kind) {
+    case ActivationKind::relu: return x < 0 ? 0.0f : x;  // NaN stays NaN
+    case ActivationKind::leaky_relu: return x < 0 ? float(activation.leak) * x : x;
+    case ActivationKind::tanh: return tanhf(x);
+    case ActivationKind::gelu: return x * (0.5f + 0.5f * erff(x * 0.70710678f));
+    case ActivationKind::silu: return x * logistic(x);
     default: return x;
   }
 }
 
 DNL_DEVICE float activation_slope(Activation activation, float x) {
-  switch (activation) {
-    case Activation::relu: return x > 0 ? 1.0f : 0.0f;
-    case Activation::leaky_relu: return x > 0 ? 1.0f : kLeakySlope;
-    case Activation::tanh: {
+  switch (activation.kind) {
+    case ActivationKind::relu: return x > 0 ? 1.0f : 0.0f;
+    case ActivationKind::leaky_relu: return x > 0 ? 1.0f : float(activation.leak);
+    case ActivationKind::tanh: {
       const float t = tanhf(x);
       return 1.0f - t * t;
     }
-    case Activation::gelu: return 0.5f + 0.5f * erff(x * 0.70710678f) + x * 0.39894228f * expf(-0.5f * x * x);
-    case Activation::silu: {
+    case ActivationKind::gelu: return 0.5f + 0.5f * erff(x * 0.70710678f) + x * 0.39894228f * expf(-0.5f * x * x);
+    case ActivationKind::silu: {
       const float s = logistic(x);
       return s * (1.0f + x * (1.0f - s));
     }

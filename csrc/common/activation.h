@@ -78,28 +78,27 @@ DNL_INLINE Vec<T> absolute(Vec<T> x) {
   return x < Vec<T>{} ? -x : x;
 }
 
-// The conventions at 0 and the constants are PyTorch's: relu'(0) = 0, leaky slope 0.01 (also at 0), gelu exact.
-template <class T, Activation A>
-DNL_INLINE void activate(Vec<T> z, Vec<T>& value, Vec<T>& derivative) {
+// The conventions at 0 are PyTorch's: relu'(0) = 0, leaky_relu'(0) = leak; gelu is exact.
+template <class T, ActivationKind A>
+DNL_INLINE void activate(Vec<T> z, T leak, Vec<T>& value, Vec<T>& derivative) {
   const Vec<T> zero{}, one = broadcast(T(1));
-  if constexpr (A == Activation::identity) {
+  if constexpr (A == ActivationKind::identity) {
     value = z;
     derivative = one;
-  } else if constexpr (A == Activation::relu) {
+  } else if constexpr (A == ActivationKind::relu) {
     value = zero > z ? zero : z;
     derivative = zero < z ? one : zero;
-  } else if constexpr (A == Activation::leaky_relu) {
-    const Vec<T> slope = broadcast(T(0.01));
-    derivative = zero < z ? one : slope;
+  } else if constexpr (A == ActivationKind::leaky_relu) {
+    derivative = zero < z ? one : broadcast(leak);
     value = z * derivative;
-  } else if constexpr (A == Activation::tanh) {
+  } else if constexpr (A == ActivationKind::tanh) {
     // tanh |z| = m / (m + 2), m = exp(2 |z|) - 1 computed without cancellation, so that small z keep all their digits
     Vec<T> scale, fraction;
     exp_parts<T>(clamp<T>(absolute<T>(z), T(0), T(20)) * broadcast(T(2)), scale, fraction);
     const Vec<T> m = scale * fraction + (scale - one), t = m / (m + broadcast(T(2)));
     value = z < zero ? -t : t;
     derivative = one - t * t;
-  } else if constexpr (A == Activation::gelu) {
+  } else if constexpr (A == ActivationKind::gelu) {
     const Vec<T> x = absolute<T>(z) * broadcast(T(0.70710678118654752440)), density = exp<T>(-x * x);
     const Vec<T> tail = broadcast(T(0.5)) * density * scaled_erfc<T>(x);  // the smaller of Phi(z), Phi(-z)
     const Vec<T> phi = z < zero ? tail : one - tail;
@@ -114,14 +113,14 @@ DNL_INLINE void activate(Vec<T> z, Vec<T>& value, Vec<T>& derivative) {
 
 // Calls body(std-free integral constant) with the activation as a template argument: body.template operator()<A>().
 template <class Body>
-DNL_INLINE void dispatch_activation(Activation activation, Body body) {
+DNL_INLINE void dispatch_activation(ActivationKind activation, Body body) {
   switch (activation) {
-    case Activation::identity: return body.template operator()<Activation::identity>();
-    case Activation::relu: return body.template operator()<Activation::relu>();
-    case Activation::leaky_relu: return body.template operator()<Activation::leaky_relu>();
-    case Activation::tanh: return body.template operator()<Activation::tanh>();
-    case Activation::gelu: return body.template operator()<Activation::gelu>();
-    case Activation::silu: return body.template operator()<Activation::silu>();
+    case ActivationKind::identity: return body.template operator()<ActivationKind::identity>();
+    case ActivationKind::relu: return body.template operator()<ActivationKind::relu>();
+    case ActivationKind::leaky_relu: return body.template operator()<ActivationKind::leaky_relu>();
+    case ActivationKind::tanh: return body.template operator()<ActivationKind::tanh>();
+    case ActivationKind::gelu: return body.template operator()<ActivationKind::gelu>();
+    case ActivationKind::silu: return body.template operator()<ActivationKind::silu>();
   }
 }
 

@@ -119,20 +119,20 @@ DNL_DEVICE void store_pixels(T* p, const float (&v)[ConvElement<T>::kPixels], in
   }
 }
 
-// Several values at once: one branch for all of them. apply(activation as a constant, value).
+// Several values at once: one branch for all of them. apply(activation of a constant kind, value).
 template <int N, class Apply>
 DNL_DEVICE void for_all(Activation activation, float (&v)[N], Apply apply) {
   const auto each = [&](auto which) {
 #pragma unroll
-    for (int e = 0; e < N; e++) v[e] = apply(decltype(which)::value, v[e]);
+    for (int e = 0; e < N; e++) v[e] = apply(Activation{decltype(which)::value, activation.leak}, v[e]);
   };
-  switch (activation) {
-    case Activation::relu: return each(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::leaky_relu: return each(std::integral_constant<Activation, Activation::leaky_relu>{});
-    case Activation::tanh: return each(std::integral_constant<Activation, Activation::tanh>{});
-    case Activation::gelu: return each(std::integral_constant<Activation, Activation::gelu>{});
-    case Activation::silu: return each(std::integral_constant<Activation, Activation::silu>{});
-    default: return each(std::integral_constant<Activation, Activation::identity>{});
+  switch (activation.kind) {
+    case ActivationKind::relu: return each(std::integral_constant<ActivationKind, ActivationKind::relu>{});
+    case ActivationKind::leaky_relu: return each(std::integral_constant<ActivationKind, ActivationKind::leaky_relu>{});
+    case ActivationKind::tanh: return each(std::integral_constant<ActivationKind, ActivationKind::tanh>{});
+    case ActivationKind::gelu: return each(std::integral_constant<ActivationKind, ActivationKind::gelu>{});
+    case ActivationKind::silu: return each(std::integral_constant<ActivationKind, ActivationKind::silu>{});
+    default: return each(std::integral_constant<ActivationKind, ActivationKind::identity>{});
   }
 }
 

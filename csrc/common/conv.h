@@ -12,7 +12,14 @@
 
 namespace dnl {
 
-enum class Activation : int { identity, relu, leaky_relu, tanh, gelu, silu };
+enum class ActivationKind : int { identity, relu, leaky_relu, tanh, gelu, silu };
+
+// A function of one number; `leak`, the slope below 0, is leaky_relu's.
+struct Activation {
+  ActivationKind kind;
+  double leak;
+};
+constexpr Activation kIdentity{ActivationKind::identity, 0};
 
 constexpr int64_t kConvGroup = 6;        // output channels of one register tile; growth rates 6 and 12 fill it
 constexpr int64_t kTilePositions = 1024;  // a few planes of a tile fit in the first-level cache

@@ -1,5 +1,7 @@
 // What the cpu.cpp files of convolutions share: planes of torch tensors, groups of channels, packed filters.
 #pragma once
+#include <locale>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -15,12 +17,23 @@ namespace dnl {
 inline int64_t conv_block(int64_t taps) { return taps == 1 ? 48 : 12; }
 constexpr int64_t kConvChunks = 32;  // partial weight gradients: a number that does not depend on the threads
 
+// From what dnl_kernels/_activations.py has checked: a kind, or "leaky_relu(0.2)".
 inline Activation activation_of(const std::string& name) {
-  static const char* const names[] = {"identity", "relu", "leaky_relu", "tanh", "gelu", "silu"};
+  static const char* const kinds[] = {"identity", "relu", "leaky_relu", "tanh", "gelu", "silu"};
+  Activation found{ActivationKind::identity, 0.01};
+  const size_t open = name.find('(');
+  if (open != std::string::npos) {
+    std::istringstream number(name.substr(open + 1));
+    number.imbue(std::locale::classic());  // a decimal point, whatever the process's language
+    DNL_CHECK(number >> found.leak && number.get() == ')', "activation ", name);
+  }
   for (int i = 0; i < 6; i++)
-    if (name == names[i]) return static_cast<Activation>(i);
+    if (name.substr(0, open) == kinds[i]) {
+      found.kind = static_cast<ActivationKind>(i);
+      return found;
+    }
   DNL_CHECK(false, "unknown activation ", name);
-  return Activation::identity;
+  return found;
 }
 
 // Whether the rows of each plane are dense, as they are in a slice of channels.

@@ -102,13 +102,14 @@ DNL_INLINE void for_each_tile(int64_t span, Body body) {
 }
 
 // One row of pixels, then its padding on the right.
-template <class T, Activation A>
-DNL_INLINE void load_row(const T* from, T* to, int64_t width, int64_t readable, int64_t radius, T scale, T shift) {
+template <class T, ActivationKind A>
+DNL_INLINE void load_row(const T* from, T* to, int64_t width, int64_t readable, int64_t radius, T scale, T shift,
+                         T leak) {
   constexpr int64_t lanes = kLanes<T>;
   const Vec<T> s = broadcast(scale), h = broadcast(shift);
   const auto step = [&](int64_t x, Vec<T> in) {
     Vec<T> value, slope;
-    activate<T, A>(in * s + h, value, slope);
+    activate<T, A>(in * s + h, leak, value, slope);
     store(to + x, value);  // may run into the next row, which is written later
   };
   int64_t x = 0;
@@ -126,7 +127,7 @@ void load_planes(const Tile& tile, Planes<const T> from, int64_t channels, const
   const int64_t r = f.radius, pitch = f.pitch(), width = f.width, area = tile.height * width;
   const int64_t top = tile.row - r > 0 ? tile.row - r : 0;
   const int64_t bottom = tile.row + f.rows + r < tile.height ? tile.row + f.rows + r : tile.height;
-  dispatch_activation(activation, [&]<Activation A>() {
+  dispatch_activation(activation.kind, [&]<ActivationKind A>() {
     for (int64_t c = 0; c < channels; c++, to += f.length()) {
       const T s = scale ? scale[c] : T(1), h = shift ? shift[c] : T(0);
       zero(to - f.origin(), f.origin());
@@ -134,7 +135,7 @@ void load_planes(const Tile& tile, Planes<const T> from, int64_t channels, const
         const T* plane = from.data + i * from.image_stride + c * from.channel_stride;
         T* pixels = to + i * f.image() - tile.row * pitch;  // row y of the image at pixels + y * pitch
         for (int64_t y = top; y < bottom; y++)
-          load_row<T, A>(plane + y * width, pixels + y * pitch, width, area - y * width, r, s, h);
+          load_row<T, A>(plane + y * width, pixels + y * pitch, width, area - y * width, r, s, h, T(activation.leak));
         zero(pixels + bottom * pitch, (tile.row + f.rows + r - bottom) * pitch);
       }
       T* end = to + f.span() + f.halo();
@@ -146,19 +147,21 @@ void load_planes(const Tile& tile, Planes<const T> from, int64_t channels, const
 template <class T>
 void activate_run(const T* u, int64_t n, T scale, T shift, const T* mask, Activation activation, T* value, T* slope) {
   const Vec<T> s = broadcast(scale), h = broadcast(shift);
-  dispatch_activation(activation, [&]<Activation A>() {
+  const T leak = T(activation.leak);
+  dispatch_activation(activation.kind, [&]<ActivationKind A>() {
     Vec<T> a, d;
     int64_t p = 0;
     for (; p + kLanes<T> <= n; p += kLanes<T>) {
-      activate<T, A>(load(u + p) * s + h, a, d);
+      activate<T, A>(load(u + p) * s + h, leak, a, d);
       const Vec<T> m = mask ? load(mask + p) : broadcast(T(1));
       store(value + p, a * m);
       if (slope) store(slope + p, d * m);
     }
-    for (; p < n; p++) {
-      activate<T, A>(broadcast(u[p]) * s + h, a, d);
-      value[p] = a[0] * (mask ? mask[p] : T(1));
-      if (slope) slope[p] = d[0] * (mask ? mask[p] : T(1));
+    if (const int left = int(n - p)) {
+      activate<T, A>(load_partial(u + p, left) * s + h, leak, a, d);
+      const Vec<T> m = mask ? load_partial(mask + p, left) : broadcast(T(1));
+      store_partial(value + p, a * m, left);
+      if (slope) store_partial(slope + p, d * m, left);
     }
   });
 }
@@ -318,11 +321,12 @@ template <class T>
 void activate_back_run(const T* dvalue, const T* u, int64_t n, T scale, T shift, T centre, Activation activation,
                        bool accumulate, T* total, double* sums) {
   const Vec<T> s = broadcast(scale), h = broadcast(shift), m = broadcast(centre);
-  dispatch_activation(activation, [&]<Activation A>() {
+  const T leak = T(activation.leak);
+  dispatch_activation(activation.kind, [&]<ActivationKind A>() {
     Vec<T> plain{}, moment{};
     const auto step = [&](Vec<T> g, Vec<T> x, Vec<T> before) {
       Vec<T> value, slope;
-      activate<T, A>(x * s + h, value, slope);
+      activate<T, A>(x * s + h, leak, value, slope);
       g *= slope;
       plain += g;
       moment += g * (x - m);

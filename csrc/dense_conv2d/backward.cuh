@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(32 * kConvMaxWarps, 1)
       }
       __syncthreads();
       const int count = 8 * shared.octets - first < E::kChunk ? 8 * shared.octets - first : E::kChunk;
-      stage<T>(dy + first * t.length, nullptr, table, count / E::kGroup, t, tile, Activation::identity, false,
+      stage<T>(dy + first * t.length, nullptr, table, count / E::kGroup, t, tile, Activation{ActivationKind::identity, 0}, false,
                p.dy_vectors);
     }
     __syncthreads();

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/conv_host.h"
+#include "common/winograd_host.h"
 
 namespace dnl {
 namespace {
@@ -85,7 +86,7 @@ template <class T>
 Stack<const T> read(const Problem& p, const Tile& tile, Planes<const T> x, int64_t channels, const T* scale,
                     const T* shift, Activation activation, T* copy) {
   const FlatPlane& f = tile.flat;
-  if (p.in_place && activation == Activation::identity && !scale && !shift) return in_place(tile, x);
+  if (p.in_place && activation.kind == ActivationKind::identity && !scale && !shift) return in_place(tile, x);
   if (p.in_place)
     activate_tile<T>(f, in_place(tile, x), channels, scale, shift, nullptr, activation, copy, nullptr);
   else
@@ -93,8 +94,42 @@ Stack<const T> read(const Problem& p, const Tile& tile, Planes<const T> x, int64
   return {copy, f.length()};
 }
 
+bool wide(const Problem& p) { return is_wide(p.size, p.channels, p.outputs); }
+
+template <class T>
+std::vector<WideInput<T>> wide_inputs(const Problem& p) {
+  std::vector<WideInput<T>> inputs;
+  int64_t channel = 0;
+  for (const Tensor& state : p.states) {
+    inputs.push_back({planes_of<const T>(state), state.size(1), from_channel<T>(p.norm_scale, channel),
+                      from_channel<T>(p.norm_shift, channel), p.activation});
+    channel += state.size(1);
+  }
+  return inputs;
+}
+
+// One row of an image.
+template <class T>
+T* row_of(Planes<T> planes, int64_t image, int64_t channel, int64_t pixel) {
+  return at(planes, image, channel).data + pixel;
+}
+
+template <class T>
+void forward_wide(const Problem& p, const T* bias, Planes<T> y) {
+  const TileGrid grid{p.batch, p.height, p.width};
+  const std::vector<T> filters =
+      wide_filters(static_cast<const T*>(p.weight.data_ptr()), p.outputs, p.channels, p.scale);
+  convolve_wide(grid, wide_inputs<T>(p), filters.data(), p.outputs,
+                [&](int64_t, int64_t o, int64_t image, int64_t row, int64_t x, int64_t n, const T* sums) {
+                  DNL_ISA_CALL(activate_run<T>(sums, n, T(1), bias ? bias[o] : T(0), static_cast<const T*>(nullptr),
+                                               kIdentity, row_of(y, image, o, row * p.width + x),
+                                               static_cast<T*>(nullptr)));
+                });
+}
+
 template <class T>
 void forward(const Problem& p, const T* bias, Planes<T> y) {
+  if (wide(p)) return forward_wide(p, bias, y);
   std::vector<T> packed(p.outputs * p.channels * p.taps);
   pack_filters(elements_of<const T>(p.weight), p.outputs, p.channels, p.taps, T(p.scale), packed.data());
   const int64_t length = p.tiling.largest().length(), block = conv_block(p.taps);
@@ -140,14 +175,66 @@ struct Gradients {
   bool accumulate = false;  // the states' gradients are added to what is there
 };
 
+// Sums over all pixels of every output's gradient.
+template <class T>
+void sum_outputs(const Problem& p, Planes<const T> dy, T* sums) {
+  parallel_tasks(0, p.outputs, 1, [&](int64_t o, int64_t) {
+    double sum = 0;
+    for (int64_t b = 0; b < p.batch; b++) {
+      double mean = 0, deviations = 0;
+      const int64_t pixels = p.height * p.width;
+      DNL_ISA_CALL(moments<T>(at(dy, b, o).data, pixels, &mean, &deviations));
+      sum += pixels ? mean * pixels : 0;
+    }
+    sums[o] = static_cast<T>(sum);
+  });
+}
+
+template <class T>
+void backward_wide(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
+  const TileGrid grid{p.batch, p.height, p.width};
+  const T* const weight = static_cast<const T*>(p.weight.data_ptr());
+  const bool sums_norm = g.norm_scale || g.norm_shift;
+  const std::vector<WideInput<T>> inputs = wide_inputs<T>(p);
+  if (g.weight) weight_gradient_wide(grid, inputs, dy, p.outputs, p.scale, g.weight);
+  if (g.bias) sum_outputs(p, dy, g.bias);
+  const int64_t runs = runs_of(grid);
+  for (int64_t s = 0, first = 0; (!g.states.empty() || sums_norm) && s < int64_t(inputs.size());
+       first += inputs[s++].channels) {
+    const WideInput<T>& in = inputs[s];
+    const std::vector<T> filters = wide_filters_back(weight, p.outputs, p.channels, first, in.channels, p.scale);
+    std::vector<double> sums(sums_norm ? runs * in.channels * 2 : 0);  // of v and v * x, for every run
+    const auto finish = [&](int64_t run, int64_t c, int64_t image, int64_t row, int64_t x, int64_t n, const T* v) {
+      const int64_t pixel = row * p.width + x;
+      T unwanted[2 * kRun];
+      double unused[2] = {};
+      DNL_ISA_CALL(activate_back_run<T>(v, row_of(in.planes, image, c, pixel), n, in.scale ? in.scale[c] : T(1),
+                                        in.shift ? in.shift[c] : T(0), T(0), in.activation, g.accumulate,
+                                        g.states.empty() ? unwanted : row_of(g.states[s], image, c, pixel),
+                                        sums_norm ? &sums[(run * in.channels + c) * 2] : unused));
+    };
+    convolve_wide(grid, {{dy, p.outputs, nullptr, nullptr, kIdentity}}, filters.data(), in.channels, finish);
+    for (int64_t c = 0; sums_norm && c < in.channels; c++) {
+      double plain = 0, moment = 0;
+      for (int64_t run = 0; run < runs; run++) {
+        plain += sums[(run * in.channels + c) * 2];
+        moment += sums[(run * in.channels + c) * 2 + 1];
+      }
+      if (g.norm_shift) g.norm_shift[first + c] = static_cast<T>(plain);
+      if (g.norm_scale) g.norm_scale[first + c] = static_cast<T>(moment);
+    }
+  }
+}
+
 template <class T>
 void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
+  if (wide(p)) return backward_wide(p, dy, g);
   const int64_t tiles = p.tiling.count(), filters = p.channels * p.taps * p.outputs;
   // Few partial sums where each is large.
   const int64_t affordable = std::max<int64_t>(1, (int64_t(1) << 24) / std::max<int64_t>(1, filters));
   const int64_t chunks = std::min(std::min(tiles, kConvChunks), affordable);
   const bool pull = !g.states.empty() || g.norm_scale || g.norm_shift;
-  const bool plain = p.activation == Activation::identity && !p.norm_scale && !p.norm_shift;
+  const bool plain = p.activation.kind == ActivationKind::identity && !p.norm_scale && !p.norm_shift;
   std::vector<T> packed(pull ? filters : 0), partial(g.weight ? chunks * filters : 0);
   const int64_t row = 2 * p.channels + p.outputs;  // sums of v and v * x for each channel, of dy for each output
   std::vector<double> sums(chunks * row);
@@ -176,7 +263,7 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
       const Planes<const T> dy_tile = at(dy, tile.image, 0);
       // A copy even where they could be read in place: every group of channels reads all of them, and planes are often a
       // multiple of 4 KiB apart, which are in one set of the first-level cache.
-      DNL_ISA_CALL(load_planes<T>(tile, dy_tile, p.outputs, none, none, Activation::identity, gradients));
+      DNL_ISA_CALL(load_planes<T>(tile, dy_tile, p.outputs, none, none, kIdentity, gradients));
       const Stack<const T> grad{gradients, f.length()};
       for (int64_t o = 0; g.bias && o < p.outputs; o++)
         for (int64_t b = 0; b < f.images; b++) {
@@ -191,10 +278,10 @@ void backward(const Problem& p, Planes<const T> dy, const Gradients<T>& g) {
           const int64_t at_channel = channel + c;
           const T* a = from_channel<T>(p.norm_scale, at_channel);
           const Planes<const T> x = at(planes_of<const T>(p.states[s]), tile.image, c);
-          const Stack<const T> u = read(p, tile, x, n, none, none, Activation::identity, copy);
+          const Stack<const T> u = read(p, tile, x, n, none, none, kIdentity, copy);
           Stack<const T> value = u, slope{nullptr, 0};
           if (!plain) {
-            const bool relu = p.activation == Activation::relu;  // its values tell the slope
+            const bool relu = p.activation.kind == ActivationKind::relu;  // its values tell the slope
             activate_tile<T>(f, u, n, a, from_channel<T>(p.norm_shift, at_channel), p.in_place ? nullptr : mask,
                              p.activation, values, relu ? nullptr : slopes);
             value = {values, f.length()};

@@ -138,7 +138,7 @@ class Backward {
     tap_offsets(f, true, mirrored);
     T* value = scratch.take<T>(kConvGroup * form_.parts * values_length()) + f.origin();
     T* products = scratch.take<T>(kConvGroup * form_.parts * products_length()) + wide.origin();
-    const Activation act = s_.preactivation ? s_.activation : Activation::identity;
+    const Activation act = s_.preactivation ? s_.activation : kIdentity;
     DNL_ISA_CALL(clear_padding<T>(tile, std::min(kConvGroup, channels), value));
     for_each_group(channels, [&](int64_t c, int64_t n) {
       const Planes<const T> x = at(states_, tile.image, first + c);

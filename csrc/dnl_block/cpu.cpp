@@ -133,7 +133,7 @@ class Forward {
     T* out = in + kBlock * form.parts * length;
     DNL_ISA_CALL(clear_padding<T>(tile, std::min(kBlock, s_.layer_channels(l)), in));
     const bool prologue = s_.preactivation && s_.norm;
-    const Activation activation = s_.preactivation ? s_.activation : Activation::identity;
+    const Activation activation = s_.preactivation ? s_.activation : kIdentity;
     const int64_t offset = s_.channel_offset[l], channels = s_.layer_channels(l);
     int64_t channel = 0;
     for (const Span& span : s_.spans(l))

@@ -2,57 +2,11 @@
 #include "dnl_block/params.h"
 
 #include "common/activation.h"
+#include "common/rows3.h"
 #include "common/vec.h"
 
 namespace dnl::DNL_ISA {
 namespace {
-
-// The matrices of params.h for the points 0, +-a, +-b, infinity: sums and differences of m[1], m[2] and of m[3], m[4].
-struct Rows3 {
-  static constexpr int kRows = 4, kParts = 6, kReach = 1;
-  static constexpr float a = 0.75f, b = 1.5f, aa = a * a, bb = b * b, p = aa * bb, s = aa + bb;
-
-  // B^T d
-  template <class V>
-  static DNL_INLINE void analyse(const V (&d)[6], V (&t)[6]) {
-    const V even_a = d[4] - bb * d[2], odd_a = d[3] - bb * d[1], even_b = d[4] - aa * d[2], odd_b = d[3] - aa * d[1];
-    t[0] = p * d[0] + (d[4] - s * d[2]);
-    t[1] = even_a + a * odd_a;
-    t[2] = even_a - a * odd_a;
-    t[3] = even_b + b * odd_b;
-    t[4] = even_b - b * odd_b;
-    t[5] = p * d[1] + (d[5] - s * d[3]);
-  }
-  // A^T m
-  template <class V>
-  static DNL_INLINE void synthesise(const V (&m)[6], V (&y)[4]) {
-    const V u = m[1] + m[2], v = m[1] - m[2], w = m[3] + m[4], z = m[3] - m[4];
-    y[0] = m[0] + u + w;
-    y[1] = a * v + b * z;
-    y[2] = aa * u + bb * w;
-    y[3] = (a * aa) * v + ((b * bb) * z + m[5]);
-  }
-  // A y
-  template <class V>
-  static DNL_INLINE void spread(const V (&y)[4], V (&t)[6]) {
-    const V even_a = y[0] + aa * y[2], odd_a = y[1] + aa * y[3], even_b = y[0] + bb * y[2], odd_b = y[1] + bb * y[3];
-    t[0] = y[0];
-    t[1] = even_a + a * odd_a;
-    t[2] = even_a - a * odd_a;
-    t[3] = even_b + b * odd_b;
-    t[4] = even_b - b * odd_b;
-    t[5] = y[3];
-  }
-  // B m for the rows of the group itself; the groups before and after it reach in with one part each.
-  template <class V>
-  static DNL_INLINE void gather_back(const V (&m)[6], V before, V after, V (&d)[4]) {
-    const V u = m[1] + m[2], v = m[1] - m[2], w = m[3] + m[4], z = m[3] - m[4];
-    d[0] = before + (p * m[5] - ((a * bb) * v + (b * aa) * z));
-    d[1] = -s * m[0] - (bb * u + aa * w);
-    d[2] = a * v + (b * z - s * m[5]);
-    d[3] = p * after + (m[0] + (u + w));
-  }
-};
 
 struct Rows1 {
   static constexpr int kRows = 1, kParts = 1, kReach = 0;
@@ -117,8 +71,8 @@ DNL_INLINE T entry(const T* p, int64_t i, T absent) {
 }
 
 // B^T act(scale * x + shift) of one channel of one image. kNarrow: a row is shorter than a vector.
-template <class T, class F, Activation A, bool kNarrow>
-DNL_INLINE void gather_plane(const View& v, const T* x, T scale, T shift, T* to, int64_t stride) {
+template <class T, class F, ActivationKind A, bool kNarrow>
+DNL_INLINE void gather_plane(const View& v, const T* x, T scale, T shift, T leak, T* to, int64_t stride) {
   constexpr int64_t lanes = kLanes<T>;
   const Vec<T> s = broadcast(scale), h = broadcast(shift);
   const int64_t groups = v.parts.rows, pitch = v.parts.pitch(), width = v.width, bottom = v.rows + v.below;
@@ -132,7 +86,7 @@ DNL_INLINE void gather_plane(const View& v, const T* x, T scale, T shift, T* to,
     const int64_t at = kNarrow || column + lanes <= width ? column : width - lanes;
     const auto value_of = [&](Vec<T> u) {
       Vec<T> value, slope;
-      activate<T, A>(u * s + h, value, slope);
+      activate<T, A>(u * s + h, leak, value, slope);
       return kNarrow ? (inside ? value : Vec<T>{}) : value;
     };
     const auto row = [&](int64_t y) {
@@ -198,14 +152,15 @@ void gather(const Tile& tile, Planes<const T> from, int64_t channels, const T* s
   const FlatPlane& f = v.parts;
   const int64_t length = f.length();
   dispatch_form(tile, [&]<class F>() {
-    dispatch_activation(activation, [&]<Activation A>() {
+    const T leak = T(activation.leak);
+    dispatch_activation(activation.kind, [&]<ActivationKind A>() {
       for (int64_t c = 0; c < channels; c++, to += F::kParts * length) {
         const T s = entry(scale, c, T(1)), h = entry(shift, c, T(0));
         for (int64_t i = 0; i < v.images; i++)
           if (v.width < kLanes<T>)
-            gather_plane<T, F, A, true>(v, v.plane(from, i, c), s, h, to + i * f.image(), length);
+            gather_plane<T, F, A, true>(v, v.plane(from, i, c), s, h, leak, to + i * f.image(), length);
           else
-            gather_plane<T, F, A, false>(v, v.plane(from, i, c), s, h, to + i * f.image(), length);
+            gather_plane<T, F, A, false>(v, v.plane(from, i, c), s, h, leak, to + i * f.image(), length);
       }
     });
   });
@@ -267,7 +222,8 @@ void pull(const Tile& tile, Parts<const T> products, int64_t lead, int64_t trail
   const int64_t pitch = v.parts.pitch(), width = v.width, groups = v.parts.rows;
   const int64_t tail = (v.images - 1) * v.parts.image() + (groups - 1) * pitch;  // the last row of planes of parts
   dispatch_form(tile, [&]<class F>() {
-    dispatch_activation(activation, [&]<Activation A>() {
+    const T leak = T(activation.leak);
+    dispatch_activation(activation.kind, [&]<ActivationKind A>() {
       for (int64_t c = 0; c < channels; c++) {
         const Vec<T> s = broadcast(entry(scale, c, T(1))), h = broadcast(entry(shift, c, T(0)));
         const Vec<T> r1 = broadcast(entry(rate, c, T(1))), r0 = broadcast(entry(offset, c, T(0)));
@@ -303,11 +259,11 @@ void pull(const Tile& tile, Parts<const T> products, int64_t lead, int64_t trail
               if (kEdge && first + r >= v.rows) break;
               const T* p = pixels + (first + r) * width + column;
               Vec<T> u{}, value, slope, q = d[r];
-              if (A != Activation::identity || sums) u = kNarrow ? load_partial(p, left) : load(p);
-              activate<T, A>(u * s + h, value, slope);
-              if constexpr (A == Activation::relu)
+              if (A != ActivationKind::identity || sums) u = kNarrow ? load_partial(p, left) : load(p);
+              activate<T, A>(u * s + h, leak, value, slope);
+              if constexpr (A == ActivationKind::relu)
                 q = u * s + h > Vec<T>{} ? q : Vec<T>{};
-              else if constexpr (A != Activation::identity)
+              else if constexpr (A != ActivationKind::identity)
                 q *= slope;
               if constexpr (kEdge) q = inside ? q : Vec<T>{};
               group_plain += q;
@@ -345,7 +301,8 @@ void through(const Tile& tile, int64_t channels, Planes<const T> y, Planes<const
              const T* shift, Activation activation, const T* rate, const T* offset, Parts<T> total, double* sums) {
   const View v(tile);
   dispatch_form(tile, [&]<class F>() {
-    dispatch_activation(activation, [&]<Activation A>() {
+    const T leak = T(activation.leak);
+    dispatch_activation(activation.kind, [&]<ActivationKind A>() {
       for (int64_t c = 0; c < channels; c++) {
         const Vec<T> s = broadcast(entry(scale, c, T(1))), h = broadcast(entry(shift, c, T(0)));
         const Vec<T> r1 = broadcast(entry(rate, c, T(1))), r0 = broadcast(entry(offset, c, T(0)));
@@ -357,7 +314,7 @@ void through(const Tile& tile, int64_t channels, Planes<const T> y, Planes<const
             T* out = total.data + c * total.channel + r * total.part + position;
             Vec<T> value, slope;
             const Vec<T> u = load_partial(v.plane(y, image, c) + p, left) * r1 + r0;
-            activate<T, A>(u * s + h, value, slope);
+            activate<T, A>(u * s + h, leak, value, slope);
             Vec<T> q = load_partial(out, left) + load_partial(v.plane(dout, image, c) + p, left);
             q = first_lanes<T>(q * slope, left);
             plain += q;

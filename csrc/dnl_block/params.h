@@ -10,6 +10,7 @@
 // Planes of parts are flat (conv.h) without rows of padding between images: `above` is 0.
 #pragma once
 #include "common/conv.h"
+#include "common/winograd.h"
 
 namespace dnl {
 
@@ -26,16 +27,6 @@ inline FlatPlane grouped(const FlatPlane& f) {
   const int64_t rows = form_of(f.radius).rows;
   return {f.images, (f.rows + rows - 1) / rows, f.width, f.radius, 0};
 }
-
-// G, whose row j belongs to point j.
-constexpr double kFilterTransform[6][3] = {
-    {64. / 81, 0, 0},
-    {-128. / 243, -32. / 81, -8. / 27},
-    {-128. / 243, 32. / 81, -8. / 27},
-    {32. / 243, 16. / 81, 8. / 27},
-    {32. / 243, -16. / 81, 8. / 27},
-    {0, 0, 1},
-};
 
 // The planes of parts that hold the gradient of some channels: planes of a part are `part` apart, channels `channel`.
 template <class T>

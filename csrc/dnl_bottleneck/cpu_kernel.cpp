@@ -17,9 +17,9 @@ struct Run {
 
 // panel[c][p] = act(scale_c * x_c[p] + shift_c) for the channels of a span, rows kBottleneckPanel apart. A store may run
 // into the next run or row, which is written later.
-template <class T, Activation A>
+template <class T, ActivationKind A>
 DNL_INLINE void load_panel(const T* x, int64_t channel_stride, int64_t channels, const T* scale, const T* shift,
-                           const Run* runs, int run_count, T* panel) {
+                           const Run* runs, int run_count, T leak, T* panel) {
   constexpr int lanes = kLanes<T>;
   for (int64_t c = 0; c < channels; c++, x += channel_stride, panel += kBottleneckPanel) {
     const Vec<T> s = broadcast(scale[c]), h = broadcast(shift[c]);
@@ -29,11 +29,11 @@ DNL_INLINE void load_panel(const T* x, int64_t channel_stride, int64_t channels,
       Vec<T> value, slope;
       int i = 0;
       for (; i + lanes <= runs[r].count; i += lanes) {
-        activate<T, A>(load(from + i) * s + h, value, slope);
+        activate<T, A>(load(from + i) * s + h, leak, value, slope);
         store(to + i, value);
       }
       if (i < runs[r].count) {
-        activate<T, A>(load_partial(from + i, runs[r].count - i) * s + h, value, slope);
+        activate<T, A>(load_partial(from + i, runs[r].count - i) * s + h, leak, value, slope);
         store(to + i, value);
       }
     }
@@ -164,7 +164,8 @@ void bottleneck_expand(const BottleneckMaps& maps, const BottleneckLayer<T>& lay
     p += n;
   }
 
-  const bool relu = layer.activation == Activation::relu;
+  const T leak = T(layer.activation.leak);
+  const bool relu = layer.activation.kind == ActivationKind::relu;
   const int64_t parts = (layer.channels + kBottleneckDepth - 1) / kBottleneckDepth;
   const Span* span = layer.spans;
   int64_t used = 0;  // channels of the span
@@ -172,9 +173,9 @@ void bottleneck_expand(const BottleneckMaps& maps, const BottleneckLayer<T>& lay
     const int64_t from = part * layer.channels / parts, depth = (part + 1) * layer.channels / parts - from;
     for (int64_t c = 0; c < depth;) {
       const int64_t n = span->count - used < depth - c ? span->count - used : depth - c;
-      dispatch_activation(layer.activation, [&]<Activation A>() {
+      dispatch_activation(layer.activation.kind, [&]<ActivationKind A>() {
         load_panel<T, A>(states + (span->first + used) * area, area, n, layer.scale + from + c, layer.shift + from + c,
-                         runs, run_count, panel + c * kBottleneckPanel);
+                         runs, run_count, leak, panel + c * kBottleneckPanel);
       });
       c += n;
       used += n;
@@ -187,12 +188,12 @@ void bottleneck_expand(const BottleneckMaps& maps, const BottleneckLayer<T>& lay
                        z,     rows, layer.bias, part > 0, floor, ahead, streams};
     product<T, kBottleneckPanel, 1>(p, count, begin, end);
   }
-  if (relu || layer.activation == Activation::identity) return;
-  dispatch_activation(layer.activation, [&]<Activation A>() {
+  if (relu || layer.activation.kind == ActivationKind::identity) return;
+  dispatch_activation(layer.activation.kind, [&]<ActivationKind A>() {
     for (int64_t p = 0; p < count; p++)
       for (int64_t o = begin * kOutputBlock; o < end * kOutputBlock; o += kLanes<T>) {
         Vec<T> value, slope;
-        activate<T, A>(load(z + rows[p] + o), value, slope);
+        activate<T, A>(load(z + rows[p] + o), leak, value, slope);
         store(z + rows[p] + o, value);
       }
   });

@@ -192,8 +192,9 @@ class DNLBlock(nn.Module):
         kernel: "local", "softmax", "gaussian" or "dot".
         norm: "batch" or None.
         preactivation: the order, see above.
-        activation: "identity", "relu", "leaky_relu", "tanh", "gelu" or "silu"; or a module, of which every layer gets a
-            copy (nn.PReLU()). What the kernels do not have is computed by calling the module.
+        activation: "identity", "relu", "leaky_relu", "leaky_relu(0.2)" (any slope), "tanh", "gelu" or "silu"; or a
+            module, of which every layer gets a copy (nn.PReLU()). What the kernels do not have is computed by calling
+            the module.
         bottleneck: b makes the accumulation a 1x1 convolution to b * G channels, followed by BN, act and a 3x3
             convolution to G (DenseNet-BC); affine="conv3x3" only. The input skip is added behind it.
         heads, head_dim: of N; head_dim defaults to G / heads.

@@ -30,7 +30,7 @@ ACTIVATIONS: dict[type, Callable[[Any], str | None]] = {
     nn.Tanh: lambda module: "tanh",
     nn.SiLU: lambda module: "silu",
     nn.GELU: lambda module: "gelu" if module.approximate == "none" else None,
-    nn.LeakyReLU: lambda module: "leaky_relu" if module.negative_slope == 0.01 else None,
+    nn.LeakyReLU: lambda module: f"leaky_relu({float(module.negative_slope)})",
 }
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 

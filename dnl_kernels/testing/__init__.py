@@ -4,6 +4,9 @@
 treat them all alike.
 """
 
+from .._activations import KINDS
 from .budget import assert_within_budget, relative_error
 
-__all__ = ["assert_within_budget", "relative_error"]
+__all__ = ["ACTIVATIONS", "assert_within_budget", "relative_error"]
+
+ACTIVATIONS = (*KINDS, "leaky_relu(0.2)", "leaky_relu(-1.5)")  # every kind, and slopes of both signs

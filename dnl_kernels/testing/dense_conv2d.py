@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from .._activations import activate
 from ..ops.dense_conv2d.api import dense_conv2d
-from ..ops.dense_conv2d.reference import ACTIVATIONS
 from .operators import Operator
 
 
@@ -88,7 +88,7 @@ def tf32_bounds(
     ones = x.new_ones(x.shape[1])
     rate = (ones if norm_scale is None else norm_scale)[:, None, None]
     u = (x * rate + (0 if norm_shift is None else norm_shift[:, None, None])).requires_grad_()
-    a = ACTIVATIONS[activation](u)
+    a = activate(u, activation)
     (slope,) = torch.autograd.grad(a.sum(), u)
     a, dy, w, unit = a.detach().abs(), dy.double().abs(), weight.abs(), TF32_ERROR * abs(scale)
     # The slope is of float32, with an absolute error that other cancellation than tf32's explains.

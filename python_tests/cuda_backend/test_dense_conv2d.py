@@ -5,9 +5,8 @@ import torch
 
 import dnl_kernels as dnl
 from dnl_kernels import _backend
-from dnl_kernels._checks import ACTIVATIONS
 from dnl_kernels.ops.dense_conv2d.api import CUDA_SIZES, _cuda_limit
-from dnl_kernels.testing import assert_within_budget, cuda_traffic
+from dnl_kernels.testing import ACTIVATIONS, assert_within_budget, cuda_traffic
 from dnl_kernels.testing.cuda_emulator import BACKEND, SCHEDULES
 from dnl_kernels.testing.dense_conv2d import CASES, NAMES, Case, inputs
 

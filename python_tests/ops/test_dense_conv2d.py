@@ -5,8 +5,7 @@ import torch
 
 import dnl_kernels as dnl
 from dnl_kernels import _backend
-from dnl_kernels._checks import ACTIVATIONS
-from dnl_kernels.testing import assert_within_budget
+from dnl_kernels.testing import ACTIVATIONS, assert_within_budget
 from dnl_kernels.testing.dense_conv2d import CASES, NAMES, Case, inputs
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -61,6 +60,33 @@ def test_activations_at_zero_have_torch_s_derivatives():
             for b in ("cpu", "reference")
         ]
         assert torch.equal(*grads), activation
+
+
+@pytest.mark.parametrize("slope", [0.2, -1.5, 0.0, 1e-3])
+def test_a_slope_is_torch_s_leaky_relu(isa, slope):
+    x = torch.tensor([[[[-2.0, -0.0, 0.0, 3.0, float("nan"), -float("inf")]]]])
+    for dtype in (torch.float32, torch.float64):
+        found = []
+        for backend in ("cpu", None):
+            leaf = x.to(dtype).requires_grad_()
+            if backend:
+                y = dnl.dense_conv2d(
+                    [leaf], leaf.new_ones(1, 1, 1, 1), activation=f"leaky_relu({slope})", backend=backend
+                )
+            else:
+                y = torch.nn.functional.leaky_relu(leaf, slope)
+            found += [y, torch.autograd.grad(y[..., :4].sum(), leaf)[0][..., :4]]
+        assert torch.equal(found[0].nan_to_num(7), found[2].nan_to_num(7)) and torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize("bad", ["leaky_relu()", "leaky_relu(x)", "leaky_relu(nan)", "leaky_relu(1_0)", "relu(0.2)"])
+def test_a_slope_that_is_no_number_is_refused(bad):
+    with pytest.raises(
+        ValueError, match=r"activation is '.*'; expected one of identity, relu, leaky_relu, leaky_relu\(SLOPE\)"
+    ):
+        dnl.dense_conv2d([torch.zeros(1, 1, 2, 2)], torch.zeros(1, 1, 1, 1), activation=bad)
+    with pytest.raises(TypeError, match="activation is of type LeakyReLU; expected a string"):
+        dnl.dense_conv2d([torch.zeros(1, 1, 2, 2)], torch.zeros(1, 1, 1, 1), activation=torch.nn.LeakyReLU(0.2))
 
 
 @every_dtype

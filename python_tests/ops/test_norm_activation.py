@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from dnl_kernels._activations import ACTIVATIONS
+from dnl_kernels._activations import activate
 from dnl_kernels.nn.network import NormActivation, Transition
 from dnl_kernels.ops.norm_activation import cpu, reference
-from dnl_kernels.testing import relative_error
+from dnl_kernels.testing import ACTIVATIONS, relative_error
 
 SIZES = [(2, 5, 8, 8), (3, 4, 7, 5), (2, 3, 1, 9), (5, 2, 1, 1), (1, 3, 17, 34), (4, 1, 2, 3)]
 pooling = pytest.mark.parametrize("pool", [None, "ceil", "floor"])
@@ -110,7 +110,7 @@ def test_the_raw_operators_refuse_what_does_not_fit():
 
 def plain(module, x):
     """What DenseNet writes: convolution first, then pooling."""
-    z = ACTIVATIONS[module.norm.activation].function(x if module.norm.norm is None else module.norm.norm(x))
+    z = activate(x if module.norm.norm is None else module.norm.norm(x), module.norm.activation)
     return nn.functional.avg_pool2d(module.conv(z), 2, ceil_mode=module.pool == "ceil")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _backend
 from ..._autograd import autocast_affine, autocasts, differentiable, outside_autocast
-from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, check_states, check_tensors, fail, shape
+from ..._checks import check_activation, check_number, check_shape, check_states, check_tensors, fail, shape
 from . import reference
 
 OP = "dense_conv2d"
@@ -56,7 +56,8 @@ def dense_conv2d(
         weight: [D, C, k, k], k odd, blocks W_j in the order of the states; dtype and device of the states.
         bias: [D], or None.
         norm_scale, norm_shift: [C] each, the folded normalisation of every channel, or None for 1 and 0.
-        activation: "identity", "relu", "leaky_relu" (slope 0.01), "tanh", "gelu" (exact) or "silu".
+        activation: "identity", "relu", "leaky_relu" (slope 0.01), "leaky_relu(0.2)" (any slope),
+            "tanh", "gelu" (exact) or "silu".
         scale: a number, the step tau of a DNL layer.
         backend: None (the best), "reference", "cpu", "triton" or "cuda".
 
@@ -83,7 +84,7 @@ def dense_conv2d(
     states = check_states(OP, states)
     check_tensors(OP, states[0], "states[0]", weight=weight, **options)
     _check_shapes(states, weight, options)
-    check_choice(OP, "activation", activation, ACTIVATIONS)
+    check_activation(OP, "activation", activation)
     check_number(OP, "scale", scale)
     outputs, _, _, size = weight.shape
     chosen = _backend.select(

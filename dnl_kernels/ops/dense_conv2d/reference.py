@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "tanh": torch.tanh,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
+from ..._activations import activate
 
 
 def dense_conv2d(
@@ -34,7 +27,7 @@ def dense_conv2d(
         x = x * norm_scale.to(dtype)[:, None, None]
     if norm_shift is not None:
         x = x + norm_shift.to(dtype)[:, None, None]
-    y = scale * F.conv2d(ACTIVATIONS[activation](x), weight.to(dtype), padding=weight.shape[-1] // 2)
+    y = scale * F.conv2d(activate(x, activation), weight.to(dtype), padding=weight.shape[-1] // 2)
     if bias is not None:
         y = y + bias.to(dtype)[:, None, None]
     return y.to(weight.dtype)

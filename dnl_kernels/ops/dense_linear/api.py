@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _backend
 from ..._autograd import autocast_affine, autocasts, differentiable, outside_autocast
-from ..._checks import ACTIVATIONS, check_choice, check_number, check_shape, check_states, check_tensors, fail, shape
+from ..._checks import check_activation, check_number, check_shape, check_states, check_tensors, fail, shape
 from . import cpu, reference
 
 OP = "dense_linear"
@@ -42,7 +42,8 @@ def dense_linear(
         weight: [D, sum C_j], blocks in the order of the states.
         bias: [D] or None; it is not scaled.
         norm_scale, norm_shift: [sum C_j] or None (one and zero), a folded normalisation of the states.
-        activation: "identity", "relu", "leaky_relu", "tanh", "gelu" or "silu", of the normalised states.
+        activation: "identity", "relu", "leaky_relu", "leaky_relu(0.2)" (any slope), "tanh", "gelu" or "silu",
+            of the normalised states.
         scale: a number: the step tau, or 1.
         backend: None (the best), "reference", "cpu", "triton" or "cuda".
 
@@ -69,7 +70,7 @@ def dense_linear(
     states = check_states(OP, states)
     first = states[0]
     check_tensors(OP, first, "states[0]", weight=weight, **options)
-    check_choice(OP, "activation", activation, ACTIVATIONS)
+    check_activation(OP, "activation", activation)
     check_number(OP, "scale", scale)
     channels = _check_shapes(states)
     check_shape(OP, "weight", weight, (weight.shape[0] if weight.dim() else 0, channels), meaning="D, sum C_j")

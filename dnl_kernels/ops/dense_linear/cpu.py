@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._activations import ACTIVATIONS, activate
+from ..._activations import activate, activation_of
 from ..._autograd import outside_autocast
 
 
@@ -56,7 +56,7 @@ def backward(config, dy, tensors, extra, needs) -> list[Tensor | None]:
     need_weight, need_bias, need_scale, need_shift, *need_states = needs
     dtype = _accumulation_dtype(weight)
     dy = _rows(dy, dtype)
-    gradient = ACTIVATIONS[config.activation].gradient
+    gradient = activation_of(config.activation).gradient
     scaled = weight.to(dtype) * config.scale
     parts = [_blocks(t, states, dtype) for t in (scaled, norm_scale, norm_shift)]
     dstates, dweights, dscales, dshifts = [], [], [], []

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _backend
 from ..._autograd import autocast, outside_autocast
-from ..._checks import ACTIVATIONS, KERNELS, check_choice, check_positive, check_shape, check_tensor, fail, shape
+from ..._checks import KERNELS, check_activation, check_choice, check_positive, check_shape, check_tensor, fail, shape
 from . import bottleneck, composition, fused, non_local, reference, resident
 from .config import AFFINES, NORMS, BlockConfig, LayerParameters, Statistics
 
@@ -153,7 +153,7 @@ def check_config(config: BlockConfig, op: str = OP) -> None:
     """Every value is allowed, and none contradicts another. `op` is who asks."""
     check_choice(op, "affine", config.affine, tuple(AFFINES))
     check_choice(op, "kernel", config.kernel, KERNELS)
-    check_choice(op, "activation", config.activation, ACTIVATIONS)
+    check_activation(op, "activation", config.activation)
     check_choice(op, "norm", config.norm, NORMS)
     check_positive(op, "tau", config.tau)
     check_positive(op, "eps", config.eps)

@@ -9,8 +9,8 @@ from torch import Tensor
 from ... import _backend
 from ..._autograd import autocast, outside_autocast
 from ..._checks import (
-    ACTIVATIONS,
     KERNELS,
+    check_activation,
     check_choice,
     check_positive,
     check_shape,
@@ -62,7 +62,8 @@ def dnl_layer(
         affine_bias: [G] or None.
         theta: the fields of NonLocalParameters, as one or as a mapping; None for kernel="local".
         kernel: "local", "softmax" (scale D^-1/2), "gaussian" (bandwidth exp(rho)) or "dot" (Z = N).
-        activation, input_activation: "identity", "relu", "leaky_relu", "tanh", "gelu" or "silu".
+        activation, input_activation: "identity", "relu", "leaky_relu", "leaky_relu(0.2)" (any slope), "tanh",
+            "gelu" or "silu".
         tau: the step, a number > 0.
         norm_scale, norm_shift: [sum C_j] or None.
         heads: of N.
@@ -106,8 +107,8 @@ def dnl_layer(
     for name, tensor in named.items():
         if tensor is not None:
             check_tensor(OP, name, tensor, states[0], "states[0]")
-    check_choice(OP, "activation", activation, ACTIVATIONS)
-    check_choice(OP, "input_activation", input_activation, ACTIVATIONS)
+    check_activation(OP, "activation", activation)
+    check_activation(OP, "input_activation", input_activation)
     check_positive(OP, "tau", tau)
     _check_shapes(states, named, kernel, heads, residual)
     theta = NonLocalParameters(**{name: named[f"theta.{name}"] for name in NonLocalParameters._fields})

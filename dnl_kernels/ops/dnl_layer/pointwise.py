@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._activations import ACTIVATIONS, activate
+from ..._activations import activate, activation_of
 from ..._autograd import differentiable
 
 
@@ -39,7 +39,7 @@ def activate_normalised(x, scale: Tensor | None, shift: Tensor | None, activatio
 def pull_normalised(dy, x, scale: Tensor | None, shift: Tensor | None, activation: str, axis: int) -> Tensor:
     """The gradient of u = scale * x + shift, given that of sigma(u), in float32 at least."""
     u = wide(x) if scale is None else _pre(x, scale, shift, axis)
-    return ACTIVATIONS[activation].gradient(wide(dy), u)
+    return activation_of(activation).gradient(wide(dy), u)
 
 
 def _reference(config, tensors):

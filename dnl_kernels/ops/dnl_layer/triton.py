@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..._activations import parse
 from ..._triton import architecture, dot_precision, power_of_two
 from ..._triton_conv import (
     Images,
@@ -77,7 +78,8 @@ def project_kernel(
     TENSORS, numbers, SKIP, skip_numbers, X, WEIGHT, BIAS, SCALE, SHIFT, SKIP_WEIGHT, SKIP_BIAS, Q, Q_BIAS, K, K_BIAS,
     V, V_BIAS, OUT, Y, count, pixels, plane, width, outputs, q_rows, v_rows, out_stride, y_stride, steps, skip_steps,
     tau,
-    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr, OUT_LAST: tl.constexpr, ALIGNED: tl.constexpr,
+    SIZE: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, LAST: tl.constexpr, OUT_LAST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SKIP_ALIGNED: tl.constexpr, PRECISION: tl.constexpr, TENSOR_CORES: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     C: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +89,7 @@ def project_kernel(
     n = tl.arange(0, N)
     y = _accumulated(
         tl.zeros((P, N), tl.float32), (TENSORS, numbers), X, WEIGHT, SCALE, SHIFT, image, place, inside, n, count,
-        plane, width, outputs, steps[0], steps[1], steps[2], SIZE, ACTIVATION, LAST, ALIGNED, PRECISION, 0, C,
+        plane, width, outputs, steps[0], steps[1], steps[2], SIZE, ACTIVATION, SLOPE, LAST, ALIGNED, PRECISION, 0, C,
     )  # fmt: skip
     y *= tau
     if SKIP_WEIGHT is not None:
@@ -121,8 +123,9 @@ def project_kernel(
 def attend_kernel(
     Q, K, V, RHO, WEIGHT, BIAS, SCALE, SHIFT, OUT, q_strides, k_strides, v_strides, out_strides, heads, N, scale,
     D: tl.constexpr, E: tl.constexpr, OUTPUTS: tl.constexpr, KIND: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, WORK: tl.constexpr, TENSOR_CORES: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
+    SLOPE: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, WORK: tl.constexpr,
+    TENSOR_CORES: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     """A tile of act(scale (W_o concat_heads(attention) + b [+ y]) + shift); y stands where the result goes."""
     tiles = tl.cdiv(N, BLOCK_M)
@@ -170,7 +173,7 @@ def attend_kernel(
         z *= tl.load(SCALE + n, mask=n < OUTPUTS, other=0.0).to(tl.float32)[None, :]
     if SHIFT is not None:
         z += tl.load(SHIFT + n, mask=n < OUTPUTS, other=0.0).to(tl.float32)[None, :]
-    _store(OUT, out_strides, i, i_exists, _activate(z, ACTIVATION), OUTPUTS, BLOCK_O)
+    _store(OUT, out_strides, i, i_exists, _activate(z, ACTIVATION, SLOPE), OUTPUTS, BLOCK_O)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -298,12 +301,13 @@ def project(call: _Call, y: Tensor | None) -> Tensor:
     maps = [None if w is None else w.contiguous() for w in (p.query_weight, p.key_weight, p.value_weight)]
     skip_list = _list(skip, products) if call.skip is not None else ((products,), (0, 0, 0))
     rows, step, at_once = chosen.sizes
+    kind, slope = parse(call.layer.input_activation)
     project_kernel[(triton.cdiv(at.pixels, rows),)](
         *_list(source, products), *skip_list, first, weight, p.affine_bias, p.norm_scale, p.norm_shift, skip_weight,
         p.skip_bias, maps[0], call.query_bias(), maps[1], p.key_bias, maps[2], p.value_bias, products, y,
         len(source.tensors), at.pixels, at.plane, at.width, outputs, p.query_weight.shape[0], p.value_weight.shape[0],
         _row_stride(products, images), 0 if y is None else _row_stride(y, images), _steps(weight),
-        _steps(skip_weight), call.layer.tau, SIZE=size, ACTIVATION=call.layer.input_activation, LAST=last,
+        _steps(skip_weight), call.layer.tau, SIZE=size, ACTIVATION=kind, SLOPE=slope, LAST=last,
         OUT_LAST=not images, ALIGNED=source.aligned(at, size), SKIP_ALIGNED=skip.aligned(at, size),
         PRECISION=dot_precision(), TENSOR_CORES=call.tensor_cores, P=rows, N=columns, C=step,
         R=power_of_two(max(p.query_weight.shape[0], p.value_weight.shape[0]), 16, at_once),
@@ -321,6 +325,7 @@ def attend(call: _Call, products: Tensor, out: Tensor) -> None:
     blocks = [power_of_two(n, 16) for n in (D, E, outputs)]
     chosen = tile("attend", out.element_size(), max(blocks))
     precision, half = dot_precision(), out.dtype != torch.float32
+    activation, slope = parse(layer.activation)
     # In float32 distances are sums of squared differences, exact at any offset. In half types the coordinates' own
     # rounding is what an offset costs; products of them are exact.
     kind = layer.kernel if layer.kernel == "softmax" or half else "distance"
@@ -330,7 +335,7 @@ def attend(call: _Call, products: Tensor, out: Tensor) -> None:
         query, key, value, p.rho, p.output_weight.contiguous(), p.output_bias, p.output_scale, p.output_shift, to,
         *(_strides(t, call.images) for t in (query, key, value, to)), layer.heads, N,
         LOG2E.value * (call.width**-0.5 if kind == "softmax" else 1.0), D=D, E=E, OUTPUTS=outputs, KIND=kind,
-        ACTIVATION=layer.activation, RESIDUAL=layer.residual, PRECISION=precision, WORK=work,
+        ACTIVATION=activation, SLOPE=slope, RESIDUAL=layer.residual, PRECISION=precision, WORK=work,
         TENSOR_CORES=call.tensor_cores, WIDE=_wide((query, key, value, to), call.images),
         BLOCK_M=chosen.sizes[0], BLOCK_N=chosen.sizes[1], BLOCK_D=blocks[0], BLOCK_E=blocks[1], BLOCK_O=blocks[2],
         num_warps=chosen.warps, num_stages=chosen.stages,

@@ -5,9 +5,8 @@ import torch
 
 import dnl_kernels as dnl
 from dnl_kernels import _backend, _triton_conv
-from dnl_kernels._checks import ACTIVATIONS
 from dnl_kernels._triton_conv import operand
-from dnl_kernels.testing import assert_within_budget
+from dnl_kernels.testing import ACTIVATIONS, assert_within_budget
 from dnl_kernels.testing.dense_linear import CASES, Case, inputs
 from dnl_kernels.testing.triton_interpreter import traffic
 
