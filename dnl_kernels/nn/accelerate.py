@@ -11,18 +11,20 @@ from torch import nn
 from .._backend import check_backend
 from .families import FAMILIES
 from .proof import verdict
-from .subclass import SETTINGS, Settings, put_on, take_off
+from .subclass import Settings, put_on, summary, take_off
 
 OP = "accelerate"
 
 
 class BlockReport(NamedTuple):
-    """One block. name: its path in the model. reason: why it was left as it is, None where it was accelerated."""
+    """One block. name: its path in the model. reason: why it was left as it is, None where it was accelerated.
+    layers: of a dense block, how many of its layers run on kernels as they are now, and why the others do not."""
 
     name: str
     type: str
     family: str
     reason: str | None
+    layers: str = ""
 
     @property
     def accelerated(self) -> bool:
@@ -30,7 +32,9 @@ class BlockReport(NamedTuple):
 
     def __str__(self) -> str:
         what = f"{self.name or 'the model'} ({self.type}, {self.family})"
-        return f"{what}: accelerated" if self.reason is None else f"{what}: left as it is: {self.reason}"
+        if self.reason is not None:
+            return f"{what}: left as it is: {self.reason}"
+        return f"{what}: accelerated" + (f", {self.layers}" if self.layers else "")
 
 
 class Report(tuple[BlockReport, ...]):
@@ -80,7 +84,8 @@ def accelerate(
         backend: None (the best), "reference", "cpu", "triton" or "cuda", of the operators.
 
     Returns:
-        `model`; with report=True a `Report`: a tuple of `BlockReport` with `.accelerated`, `.refused` and a readable str.
+        `model`; with report=True a `Report`: a tuple of `BlockReport`, with `.accelerated`, `.refused` and a readable
+        str.
 
     Raises:
         TypeError: model is no module, or one that is compiled, scripted, traced or wrapped by FSDP1.
@@ -93,20 +98,19 @@ def accelerate(
     """
     _check_model(model)
     check_backend(OP, backend)
-    blocks, decided = _decide(model, verify, backend)
-    if not blocks:
+    decided = _decide(model, verify, backend)
+    if not decided:
         looked_for = "; ".join(family.structure for family in FAMILIES.values())
         raise ValueError(f"{OP}: model is of type {type(model).__name__} without a block to accelerate: {looked_for}")
-    refused = [block for block in blocks if not block.accelerated]
+    refused = [block for block, _, settings in decided if settings is None]
     if strict and refused:
         raise ValueError(f"{OP}: " + "; ".join(map(str, refused)))
-    for module, settings in decided:
-        if settings is None:
-            take_off(module)
-        else:
+    restore(model)  # what was accelerated and is no longer understood stays as it is
+    for _, module, settings in decided:
+        if settings is not None:
             put_on(module, settings)
     if report:
-        return Report(blocks)
+        return Report(block._replace(layers=summary(module)) for block, module, _ in decided)
     for block in refused:
         warnings.warn(f"{OP}: {block}", stacklevel=2)
     return model
@@ -134,19 +138,22 @@ def _check_model(model: object) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise TypeError(f"{OP}: model: {where} is scripted or traced ({kind}); accelerate it before")
         if isinstance(module, torch.fx.GraphModule):
-            raise TypeError(f"{OP}: model: {where} is a torch.fx graph ({kind}), which has no blocks; accelerate it before")
+            raise TypeError(
+                f"{OP}: model: {where} is a torch.fx graph ({kind}), which has no blocks; accelerate it before"
+            )
         if isinstance(module, torch._dynamo.OptimizedModule):
             raise TypeError(f"{OP}: model: {where} is compiled ({kind}); accelerate what it was made of, ._orig_mod")
         if kind == "FullyShardedDataParallel":
-            raise TypeError(f"{OP}: model: {where} is wrapped by FSDP ({kind}), which owns its tensors; accelerate before")
+            raise TypeError(
+                f"{OP}: model: {where} is wrapped by FSDP ({kind}), which owns its tensors; accelerate before"
+            )
 
 
 def _decide(
     model: nn.Module, verify: bool, backend: str | None
-) -> tuple[list[BlockReport], list[tuple[nn.Module, Settings | None]]]:
-    """The verdict on every module; what is inside a block is part of it."""
-    blocks: list[BlockReport] = []
-    decided: list[tuple[nn.Module, Settings | None]] = []
+) -> list[tuple[BlockReport, nn.Module, Settings | None]]:
+    """The verdict on every module that looks like a block; what is inside a block is part of it."""
+    decided: list[tuple[BlockReport, nn.Module, Settings | None]] = []
     inside: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in inside:
@@ -156,11 +163,8 @@ def _decide(
             if found is None:
                 continue
             reason = found if isinstance(found, str) else None
-            blocks.append(BlockReport(name, type(module).__name__, family.name, reason))
-            decided.append((module, found if isinstance(found, Settings) else None))
+            block = BlockReport(name, type(module).__name__, family.name, reason)
+            decided.append((block, module, found if isinstance(found, Settings) else None))
             inside.update(map(id, module.modules()))
             break
-        else:
-            if SETTINGS in module.__dict__:
-                decided.append((module, None))
-    return blocks, decided
+    return decided

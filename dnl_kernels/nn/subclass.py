@@ -57,11 +57,7 @@ def _overriding(cls: type, method: str) -> Callable[..., Any]:
         current = getattr(cls, method)
         if not torch.compiler.is_compiling() and current is inherited and args and ordinary(args[0]) and not kwargs:
             state = self.__dict__
-            executor = state.get(EXECUTOR)
-            if executor is None and (settings := state.get(SETTINGS)) is not None:
-                executor = FAMILIES[settings.family].executor(self, settings.blueprint, settings.backend)
-                state[EXECUTOR] = executor
-            if executor is not None:
+            if (executor := state.get(EXECUTOR) or _make_executor(self)) is not None:
                 run = executor if method == "forward" else getattr(executor, method)
                 if (out := run(*args)) is not None:
                     return out
@@ -72,17 +68,31 @@ def _overriding(cls: type, method: str) -> Callable[..., Any]:
     return override
 
 
+def _make_executor(module: nn.Module) -> Any:
+    """Once per module, and again after it was loaded or copied; None for a module that was restored."""
+    if (settings := module.__dict__.get(SETTINGS)) is None:
+        return None
+    executor = FAMILIES[settings.family].executor(module, settings.blueprint, settings.backend)
+    module.__dict__[EXECUTOR] = executor
+    return executor
+
+
+def summary(module: nn.Module) -> str:
+    """What the executor of an accelerated module says of its layers, if anything."""
+    executor = _make_executor(module)
+    return executor.summary() if hasattr(executor, "summary") else ""
+
+
 class Accelerated:
     """What the subclasses have in common."""
 
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the class of the user's would be: the subclass is made anew where the module is loaded or copied."""
-        reduced = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        reduced = super().__reduce_ex__(protocol)
         if not isinstance(reduced, tuple):
             return reduced
         make, args, *rest = reduced
-        generated, base = type(self), origin(self)  # type: ignore[arg-type]
+        generated, base = type(self), origin(self)
         args = tuple(base if arg is generated else arg for arg in args)
         if rest and isinstance(rest[0], dict):
             rest[0] = {key: value for key, value in rest[0].items() if key != EXECUTOR}
@@ -91,7 +101,7 @@ class Accelerated:
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script compiles the module as it was."""
-        new = object.__new__(origin(self))  # type: ignore[arg-type]
+        new: Any = object.__new__(origin(self))
         new.__dict__.update({k: v for k, v in self.__dict__.items() if k not in (SETTINGS, EXECUTOR)})
         return new
 

@@ -9,5 +9,5 @@ from .transition import Transitions
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (DenseBlocks(), ResidualDenseBlocks(), Transitions(), NonLocalBlocks(), DepthWeightedAverages())
+    for family in (ResidualDenseBlocks(), DenseBlocks(), Transitions(), NonLocalBlocks(), DepthWeightedAverages())
 }

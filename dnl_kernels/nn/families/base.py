@@ -39,7 +39,7 @@ class Family(Protocol):
         """Shapes of small inputs: tried in turn until the module takes one."""
 
 
-def origin(module: nn.Module) -> type:
+def origin(module: object) -> Any:
     """The class that the user gave it, also where it is accelerated."""
     return getattr(type(module), "_dnl_origin", type(module))
 

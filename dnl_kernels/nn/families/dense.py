@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..plan import DenseLayer, Plan
+from ..layers import DenseLayer
+from ..plan import Plan, Segment
 from .base import (
     Attributes,
     Executor,
@@ -33,8 +34,8 @@ CALLS: dict[str, Callable[[Any, list[Tensor]], list[Tensor]]] = {
 NAMES = {  # parts of a layer by the names of torchvision's children; what has other names is told by its class
     "norm1": "norm", "conv1": "affine", "norm2": "inner_norm", "conv2": "inner",
 }  # fmt: skip
-# Attributes of a layer that may change: dropout, which is read anew; recomputation, which changes no result.
-DROPOUT, IGNORED = "drop_rate", {"memory_efficient", "grad_checkpointing"}
+DROPOUT = "drop_rate"
+KNOWN = {DROPOUT, "memory_efficient", "grad_checkpointing"}  # attributes whose change is understood
 
 
 class Layer(NamedTuple):
@@ -165,8 +166,8 @@ def widths(owner: nn.Module, layer: Layer) -> tuple[int | None, int | None]:
 class DenseBlocks:
     name = "dense block"
     structure = (
-        "dense blocks: layers whose children are a normalisation, an activation and a convolution once or twice in this "
-        "order (norm1, relu1, conv1, norm2, relu2, conv2), or a convolution and an activation, each reading all before it"
+        "dense blocks: layers whose children are a normalisation, an activation and a convolution once or twice in "
+        "this order (norm1, relu1, conv1, norm2, relu2, conv2), or a convolution and an activation; each reads all"
     )
 
     def blueprints(self, module: nn.Module) -> Iterable[Blueprint | str]:
@@ -175,9 +176,10 @@ class DenseBlocks:
         found = self._layers(module)
         if found is None:
             kinds = {type(child) for child in module._modules.values()}
-            if len(kinds) == 1 < len(module._modules) and "dense" in origin(module).__name__.lower():
-                child = next(iter(module._modules.values()))
-                names = ", ".join(child._modules) if child is not None else ""
+            child = next(iter(module._modules.values()), None)
+            own = child is not None and not type(child).__module__.startswith("torch.nn")
+            if own and len(kinds) == 1 < len(module._modules) and "dense" in origin(module).__name__.lower():
+                names = ", ".join(child._modules)  # type: ignore[union-attr]
                 yield f"its layers are other than those of a dense block: {type(child).__name__} of {names}"
             return
         at, layers = found
@@ -244,27 +246,27 @@ class DenseBlocks:
 
 
 class BlockExecutor:
-    """Runs a block by the plan of its layers, which is made anew when an attribute of theirs changes."""
+    """Runs a block by the plan of its layers."""
 
     def __init__(self, owner: nn.Module, blueprint: Blueprint, backend: str | None):
         self._owner, self._blueprint, self._backend = owner, blueprint, backend
-        self._renew()
-
-    def _renew(self) -> None:
-        layers = [get(self._owner, layer.path) for layer in self._blueprint.layers]
-        known = [layer for layer in layers if layer is not None]
-        self._attributes = Attributes([self._owner, *known])
-        self.plan = Plan(self._owner, self.describe, self._backend)
+        layers = [get(owner, layer.path) for layer in blueprint.layers]
+        self._attributes = Attributes([owner, *(layer for layer in layers if layer is not None)])
+        self.plan = Plan(self.describe)
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        if changed := self._attributes.changed():
-            if not set(changed) <= {DROPOUT, *IGNORED}:
-                return None  # it may mean anything
-            self._renew()
-        out = self.plan(x)
+        if not set(self._attributes.changed()) <= KNOWN:
+            return None  # it may mean anything
+        out = self.plan(self._owner, x, self._backend)
         if out is None or not self._blueprint.appended:
             return out
         return out[:, x.shape[1] :]
+
+    def summary(self) -> str:
+        """How many layers run on kernels as they are now, and why the others do not."""
+        first = next(layer for layer in self._blueprint.layers if layer.parts)
+        channels, _ = widths(self._owner, first)
+        return summarise(self.plan.segments(self._owner, torch.empty(1, channels or 0, device="meta")))
 
     def describe(self, owner: nn.Module) -> list[DenseLayer] | str:
         for skeleton in self._blueprint.skeleton:
@@ -272,6 +274,16 @@ class BlockExecutor:
                 return f"{skeleton.path or 'it'} has other children than when it was accelerated"
         call = CALLS[self._blueprint.call]
         return [describe_layer(owner, layer, call) for layer in self._blueprint.layers]
+
+
+def summarise(segments: list[Segment] | str) -> str:
+    if isinstance(segments, str):
+        return segments
+    count = sum(len(segment.layers) for segment in segments)
+    called = {segment.layers[0].name: segment.reason for segment in segments if segment.config is None}
+    by_kernels = sum(len(segment.layers) for segment in segments if segment.config is not None)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in called.items())
+    return f"{by_kernels} of {count} layers by kernels" + (f"; by their submodules: {reasons}" if reasons else "")
 
 
 def describe_layer(
@@ -290,9 +302,4 @@ def describe_layer(
         return DenseLayer(name, module, call, {}, ())
     dropout: Any = get(owner, layer.dropout) if layer.dropout else getattr(module, DROPOUT, 0.0) or None
     others = tuple(get(owner, skeleton.path) for skeleton in layer.skeleton[1:])
-    return DenseLayer(name, module, call, parts, activations, dropout, layer.preactivation, others,
-                      frozenset(layer.norms))  # fmt: skip
-
-
-def split_off(states: Tensor, channels: int) -> Tensor:
-    return torch.narrow(states, 1, states.shape[1] - channels, channels)
+    return DenseLayer(name, module, call, parts, activations, dropout, layer.preactivation, others, norms=layer.norms)

@@ -25,7 +25,9 @@ class States(list):
 
 class DepthWeightedAverages:
     name = "depth-weighted average"
-    structure = "depth-weighted averages of DenseFormer: attributes n_blocks, dilation, period, accumulators, child alphas"
+    structure = (
+        "depth-weighted averages of DenseFormer: attributes n_blocks, dilation, period, accumulators, child alphas"
+    )
     methods = ("forward", "init_accumulators")
 
     def blueprints(self, module: nn.Module) -> Iterable[Blueprint | str]:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..plan import DenseLayer, Plan
+from ..layers import DenseLayer
+from ..plan import Plan
 from .base import Attributes, Executor, Skeleton, get, is_activation, is_convolution, join
-from .dense import Layer, describe_layer, widths
+from .dense import Layer, describe_layer, summarise, widths
 
 SIZES = ((5, 6), (12, 12))
 
@@ -26,7 +27,9 @@ class Blueprint(NamedTuple):
 
 class ResidualDenseBlocks:
     name = "residual dense block"
-    structure = "residual dense blocks: children conv1, conv2, .. of growing width, the last one back to the first width"
+    structure = (
+        "residual dense blocks: children conv1, conv2, .. of growing width, the last one back to the first width"
+    )
 
     def blueprints(self, module: nn.Module) -> Iterable[Blueprint | str]:
         children = {name: child for name, child in module._modules.items() if child is not None}
@@ -35,8 +38,8 @@ class ResidualDenseBlocks:
         if len(numbered) < 3:
             return
         others = [name for name in children if name not in numbered]
-        pairs = [self._pair(module, name) for name in numbered]
-        if any(pair is None for pair in pairs):
+        pairs = [pair for name in numbered if (pair := self._pair(module, name)) is not None]
+        if len(pairs) < len(numbered):
             return
         shared = next((name for name in others if is_activation(children[name])), None)
         *before, last = pairs
@@ -109,13 +112,17 @@ class ResidualExecutor:
         self._owner, self._blueprint, self._family = owner, blueprint, family
         layers = [get(owner, layer.path) for layer in blueprint.layers]
         self._attributes = Attributes([owner, *(m for m in layers if m is not None and not is_convolution(m))])
-        self.plan = Plan(owner, self.describe, backend)
+        self._backend, self.plan = backend, Plan(self.describe)
 
     def __call__(self, x: Tensor) -> Tensor | None:
         if self._attributes.changed() or not isinstance(get(self._owner, self._blueprint.last), nn.Module):
             return None
-        states = self.plan(x)
+        states = self.plan(self._owner, x, self._backend)
         return None if states is None else self._family.finish(self._owner, self._blueprint, states, x)
+
+    def summary(self) -> str:
+        channels, _ = widths(self._owner, self._blueprint.layers[0])
+        return summarise(self.plan.segments(self._owner, torch.empty(1, channels or 0, device="meta")))
 
     def describe(self, owner: nn.Module) -> list[DenseLayer] | str:
         blueprint = self._blueprint

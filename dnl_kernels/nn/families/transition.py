@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ...ops.norm_activation import cpu as norm_activation
-from ..block import update_running_statistics
+from .. import layers, running_statistics
 from .base import Executor, Skeleton, get, is_activation, is_convolution, is_norm, origin
 
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -30,11 +30,13 @@ class Blueprint(NamedTuple):
 
 class Transitions:
     name = "transition"
-    structure = "transitions: nn.Sequential of a normalisation, an activation, a 1x1 convolution and 2x2 average pooling"
+    structure = (
+        "transitions: nn.Sequential of a normalisation, an activation, a 1x1 convolution and 2x2 average pooling"
+    )
 
     def blueprints(self, module: nn.Module) -> Iterable[Blueprint | str]:
         names = list(module._modules)
-        children = [module._modules[name] for name in names]
+        children: list[Any] = [module._modules[name] for name in names]
         if not isinstance(module, nn.Sequential) or len(names) not in (3, 4) or None in children:
             return
         own = len(names) == 3
@@ -74,7 +76,11 @@ def _does_not_commute(convolution: Any, pool: Any) -> str | None:
     one, zero = (1,) * rank, (0,) * rank
     if type(convolution) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
         return f"its convolution is of type {type(convolution).__name__}"
-    if convolution.kernel_size != one or convolution.stride != one or convolution.padding not in (zero, "valid", "same"):
+    if (
+        convolution.kernel_size != one
+        or convolution.stride != one
+        or convolution.padding not in (zero, "valid", "same")
+    ):
         return "its convolution is not 1x1, of stride 1 and without padding"
     if type(pool) is not POOLS[rank - 1]:
         return f"its pooling is {type(pool).__name__}, not {POOLS[rank - 1].__name__}"
@@ -88,14 +94,6 @@ def _all(value: Any, expected: int) -> bool:
     return all(v == expected for v in (value if isinstance(value, tuple) else (value,)))
 
 
-def _observed(*modules: nn.Module) -> bool:
-    """Whether hooks or a forward of the instance's own would see another order."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in m.__dict__
-        for m in modules
-    )  # fmt: skip
-
-
 class TransitionExecutor:
     def __init__(self, owner: nn.Module, blueprint: Blueprint, backend: str | None, family: Transitions):
         self._owner, self._blueprint, self._backend, self._family = owner, blueprint, backend, family
@@ -105,7 +103,12 @@ class TransitionExecutor:
         if not all(skeleton.holds(owner) for skeleton in blueprint.skeleton):
             return None
         convolution, pool = get(owner, blueprint.convolution), get(owner, blueprint.pool)
-        if _observed(convolution, pool) or _does_not_commute(convolution, pool) is not None:
+        if (
+            layers.plain(convolution)
+            or layers.plain(pool)
+            or layers.called_for_every_module()
+            or _does_not_commute(convolution, pool) is not None
+        ):
             return None
         if min(x.shape[2:], default=0) < 2 or x.dim() != len(convolution.kernel_size) + 2:
             return None
@@ -114,14 +117,19 @@ class TransitionExecutor:
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The pooled activation in one pass, where norm and activation are PyTorch's own."""
-        norm = get(self._owner, self._blueprint.norm)
+        norm: Any = get(self._owner, self._blueprint.norm)
         path = self._blueprint.activation
-        activation = norm._modules["act"] if path is None else get(self._owner, path)
+        activation: Any = norm._modules["act"] if path is None else get(self._owner, path)
         if type(norm) is not nn.BatchNorm2d and not (path is None and isinstance(norm, nn.BatchNorm2d)):
             return None
-        if path is None and not (type(norm._modules.get("drop")) is nn.Identity and not _observed(norm.drop)):
+        if path is None and not (type(norm._modules.get("drop")) is nn.Identity and not layers.plain(norm.drop)):
             return None
-        if _observed(norm, activation) or type(activation) not in FUSED or self._backend not in (None, "cpu"):
+        if (
+            layers.plain(norm)
+            or layers.plain(activation)
+            or type(activation) not in FUSED
+            or self._backend not in (None, "cpu")
+        ):
             return None
         measures = norm.training or norm.running_mean is None
         mean, var = (None, None) if measures else (norm.running_mean, norm.running_var)
@@ -132,5 +140,5 @@ class TransitionExecutor:
             x, norm.weight, norm.bias, mean, var, FUSED[type(activation)], "floor", norm.eps
         )
         if measures:
-            update_running_statistics([(norm, mean, var)], x.numel() // x.shape[1])
+            running_statistics.update([(norm, mean, var)], x.numel() // x.shape[1])
         return z
