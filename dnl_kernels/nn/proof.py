@@ -81,7 +81,9 @@ def verdict(module: nn.Module, family: Family, backend: str | None, verify: bool
             return "a forward of its own was set on the instance"
         with _isolated():
             try:
-                model = model or copy_in_float64(module, torch.Generator().manual_seed(1))
+                if model is None:
+                    model = copy_in_float64(module, torch.Generator().manual_seed(1))
+                    getattr(family, "prepare", lambda model: None)(model)
                 settings, inputs = _fit(model, family, found, backend)
                 if isinstance(settings, Settings) and verify:
                     settings = _prove(model, family, settings, inputs)

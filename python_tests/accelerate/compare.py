@@ -2,7 +2,7 @@
 
 import torch
 
-from dnl_kernels.testing import assert_within_budget, relative_error
+from dnl_kernels.testing import relative_error
 
 
 @torch.no_grad()
@@ -42,10 +42,13 @@ def assert_same(found, expected, tolerance=1e-9):
             assert error <= tolerance * scale, f"{name}: {error / scale:.1e}"
 
 
-def assert_as_good(found, eager, exact, floor):
-    """In a narrower dtype, against float64: no worse than twice what eager PyTorch is."""
-    for name, value in exact.items():
-        if value is not None and value.is_floating_point():
-            if relative_error(eager[name], value) > 0.3:
-                continue  # zero but for rounding
-            assert_within_budget(name, found[name], value, eager[name], floor=floor)
+def assert_as_good(draws, epsilon):
+    """In a narrower dtype, against float64: draws of (found, eager, exact). Median errors, for one draw is luck: at most
+    twice that of eager PyTorch, which may be of a few roundings of the largest number."""
+    for name, value in draws[0][2].items():
+        if value is None or not value.is_floating_point():
+            continue
+        errors = [(relative_error(f[name], e[name]), relative_error(g[name], e[name])) for f, g, e in draws]
+        ours, eager = (sorted(error)[len(error) // 2] for error in zip(*errors, strict=True))
+        if eager < 0.3:  # else zero but for rounding
+            assert ours <= 2 * (eager + 4 * epsilon), f"{name}: error {ours:.1e}, eager {eager:.1e}"

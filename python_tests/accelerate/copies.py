@@ -285,11 +285,12 @@ class DepthWeightedAverage(nn.Module):
         self.accumulators = None
 
     def init_accumulators(self, x):
+        self.dtype = x.dtype  # of all states
         self.accumulators = [[x]] + [[] for _ in range(self.dilation - 1)]
 
     def forward(self, x, block_idx):
         states = self.accumulators[(block_idx + 1) % self.dilation]
-        states.append(x)
+        states.append(x.to(self.dtype))
         if (block_idx + 1) % self.period:
             return x
         return torch.tensordot(self.alphas[block_idx].weight.view(-1), torch.stack(states), dims=1)

@@ -18,6 +18,9 @@ def both(name, dtype=torch.float64, training=True):
     fast = copy.deepcopy(plain)
     report = dnl.accelerate(fast, report=True)
     assert len(report.accelerated) == blocks, str(report)
+    for module in plain.modules():  # torch.utils.checkpoint counts a batch twice, an accelerated block once
+        if getattr(module, "memory_efficient", False):
+            module.memory_efficient = False
     return plain, fast, torch.randn(shape, dtype=dtype)
 
 
@@ -33,10 +36,13 @@ def test_equals_the_original(name, training):
 @pytest.mark.parametrize("name", CASES)
 def test_float32_is_as_good_as_the_original(name, training):
     plain, fast, x = both(name, torch.float32, training)
-    exact = everything(copy.deepcopy(plain).double(), x.double())
-    eager, found = everything(plain, x), everything(fast, x)
-    assert found["output"].dtype == torch.float32
-    assert_as_good(found, eager, exact, floor=16 * torch.finfo(torch.float32).eps)
+    draws = []
+    for _ in range(5):
+        x = torch.randn_like(x)
+        exact = everything(copy.deepcopy(plain).double(), x.double())
+        draws.append((everything(copy.deepcopy(fast), x), everything(copy.deepcopy(plain), x), exact))
+    assert draws[0][0]["output"].dtype == torch.float32
+    assert_as_good(draws, torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, shape, _) in CASES.items() if len(shape) == 4])
@@ -51,16 +57,19 @@ def test_channels_last(name):
 def test_autocast(name):
     """The dtype of the output is that of the original, the error of the order of the original's."""
     plain, fast, x = both(name, torch.float32)
-    exact = everything(copy.deepcopy(plain).double(), x.double())
+    exact_model = copy.deepcopy(plain).double()
 
-    def run(model):
+    def run(model, x):
         torch.manual_seed(5)
         with torch.autocast("cpu", torch.bfloat16):
-            return model(x)
+            return {"output": model(x)}
 
-    eager, found = run(plain), run(fast)
-    assert found.dtype == eager.dtype
-    assert_as_good({"output": found}, {"output": eager}, {"output": exact["output"]}, floor=2**-6)
+    draws = []
+    for _ in range(5):
+        x = torch.randn_like(x)
+        draws.append((run(fast, x), run(plain, x), everything(exact_model, x.double())))
+        assert draws[-1][0]["output"].dtype == draws[-1][1]["output"].dtype
+    assert_as_good([(f, e, {"output": x["output"]}) for f, e, x in draws], torch.finfo(torch.bfloat16).eps)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,7 +91,7 @@ def test_the_model_stays_what_it_was(name):
 @pytest.mark.parametrize("name", CASES)
 def test_copies_and_files_are_accelerated_too(name):
     plain, fast, x = both(name)
-    if "tiramisu" not in name:
+    if not name.startswith("depth"):  # whose states no one can copy
         fast(x)  # with an executor
     file = io.BytesIO()
     torch.save(fast, file)

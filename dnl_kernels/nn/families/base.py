@@ -35,6 +35,9 @@ class Family(Protocol):
 
     def executor(self, module: nn.Module, blueprint: Any, backend: str | None) -> Executor: ...
 
+    # Optional: `methods`, those to override besides forward; `drive(module, *inputs)`, a use of the module where it is
+    # more than one call; `prepare(copy)`, before the proof.
+
     def inputs(self, module: nn.Module, blueprint: Any) -> Iterable[tuple[Any, ...]]:
         """Shapes of small inputs: tried in turn until the module takes one."""
 

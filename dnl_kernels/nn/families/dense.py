@@ -35,7 +35,8 @@ NAMES = {  # parts of a layer by the names of torchvision's children; what has o
     "norm1": "norm", "conv1": "affine", "norm2": "inner_norm", "conv2": "inner",
 }  # fmt: skip
 DROPOUT = "drop_rate"
-KNOWN = {DROPOUT, "memory_efficient", "grad_checkpointing"}  # attributes whose change is understood
+RECOMPUTATION = {"memory_efficient", "grad_checkpointing"}
+KNOWN = {DROPOUT, *RECOMPUTATION}  # attributes whose change is understood
 
 
 class Layer(NamedTuple):
@@ -238,6 +239,12 @@ class DenseBlocks:
         out = join(states)
         return out[:, inputs[0].shape[1] :] if blueprint.appended else out
 
+    def prepare(self, module: nn.Module) -> None:
+        """For the proof: recomputation updates the statistics of a layer twice in PyTorch, here once."""
+        for layer in module.modules():
+            for name in RECOMPUTATION & layer.__dict__.keys():
+                setattr(layer, name, False)
+
     def complete(self, module: nn.Module, blueprint: Blueprint, inputs: tuple[Any, ...]) -> Blueprint | None:
         return blueprint
 
@@ -302,4 +309,6 @@ def describe_layer(
         return DenseLayer(name, module, call, {}, ())
     dropout: Any = get(owner, layer.dropout) if layer.dropout else getattr(module, DROPOUT, 0.0) or None
     others = tuple(get(owner, skeleton.path) for skeleton in layer.skeleton[1:])
-    return DenseLayer(name, module, call, parts, activations, dropout, layer.preactivation, others, norms=layer.norms)
+    return DenseLayer(
+        name, module, call, parts, activations, dropout, layer.preactivation, others, plain_types=frozenset(layer.norms)
+    )

@@ -75,6 +75,8 @@ class AverageExecutor:
         owner, at = self._owner, block_idx + 1
         if not isinstance(owner.accumulators, States):
             return None
+        if x.dtype != owner.accumulators[0][0].dtype:  # as it is kept in one tensor with the first
+            x = x.to(owner.accumulators[0][0].dtype)
         states = owner.accumulators[at % owner.dilation]
         place = at // owner.dilation
         del states[place:]
