@@ -5,7 +5,7 @@ y_l = A_l x_0 + a_l + tau sum_{j<=l} (K_{l,j} x_j + b_{l,j}),  x_{l+1} = sigma(N
 
 from . import functional
 from .functional import dense_conv2d, dense_linear, dense_sum, dnl_block, dnl_layer, nonlocal_attention
-from .nn import DenseSum, DNLBlock, DNLNet, NonLocal2d
+from .nn import DenseSum, DNLBlock, DNLNet, NonLocal2d, accelerate, restore
 from .ops.dnl_block.config import BlockConfig, LayerParameters
 from .ops.dnl_layer.config import NonLocalParameters
 
@@ -19,6 +19,7 @@ __all__ = [
     "LayerParameters",
     "NonLocal2d",
     "NonLocalParameters",
+    "accelerate",
     "dense_conv2d",
     "dense_linear",
     "dense_sum",
@@ -26,4 +27,5 @@ __all__ = [
     "dnl_layer",
     "functional",
     "nonlocal_attention",
+    "restore",
 ]

@@ -36,6 +36,7 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 
 # What a change of a module's meaning shows in, by its type: names in its __dict__.
 _COMMON = (*HOOKS, "_modules", "training")
+_OWN = frozenset(nn.Module().__dict__)
 _CONVOLUTION = (
     "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "in_channels", "out_channels",
 )  # fmt: skip
@@ -101,6 +102,11 @@ class LayerKind(NamedTuple):
     options: tuple[tuple[str, Any], ...]
 
 
+def _simple_attributes(state: dict[str, Any]) -> list[str]:
+    """What may decide what a module of a class unknown to us computes: eps, drop_rate."""
+    return [name for name, value in state.items() if name not in _OWN and isinstance(value, (bool, int, float, str))]
+
+
 class Watch:
     """The state of modules that decides what they compute. A look costs some 0.3 us a module."""
 
@@ -110,8 +116,7 @@ class Watch:
         self.rows = []
         for m in modules:
             state = m.__dict__
-            own = next((_WATCHED[base] for base in type(m).__mro__ if base in _WATCHED), ())
-            names = (*_COMMON, *own)
+            names = (*_COMMON, *(_WATCHED[type(m)] if type(m) in _WATCHED else _simple_attributes(state)))
             get = itemgetter(*(name for name in names if name in state))
             # Copies: the same dictionary would be equal to itself whatever happened to it.
             values = tuple(dict(value) if isinstance(value, dict) else value for value in get(state))
@@ -294,6 +299,12 @@ def tensors(layer: DenseLayer) -> dict[str, Tensor | None]:
             if name != "inner":
                 found[f"{name}_bias"] = part.bias
     return found
+
+
+def gained_a_bias(layer: DenseLayer) -> bool:
+    """Whether the second convolution has been given the bias that no kernel adds."""
+    inner: Any = layer.parts.get("inner")
+    return inner is not None and inner.bias is not None
 
 
 def input_width(layer: DenseLayer) -> int | None:

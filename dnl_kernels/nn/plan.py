@@ -128,6 +128,8 @@ class Plan:
         segment asks for the single states."""
         given = [dense_layers.tensors(layer) for layer in segment.layers]
         config: Any = segment.config
+        if any(map(dense_layers.gained_a_bias, segment.layers)):
+            return None
         if states[0].dim() != (3 if config.affine == "linear" else config.spatial_dims + 2):
             return None
         if not dense_layers.plain_tensors([t for row in given for t in row.values()]):

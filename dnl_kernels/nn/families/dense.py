@@ -1,0 +1,314 @@
+"""Dense blocks: the layers of DenseNets (torchvision, timm, MONAI, torchxrayvision, segmentation_models_pytorch), of
+FC-DenseNets, of residual dense networks, and every copy of them with the same children."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import DenseLayer
+from ..plan import Plan, Segment
+from .base import (
+    Attributes,
+    Executor,
+    Skeleton,
+    get,
+    is_activation,
+    is_convolution,
+    is_dropout,
+    is_linear,
+    is_norm,
+    join,
+    origin,
+)
+
+# How a block hands its states to a layer and takes its output: (the layer, states before) -> states after.
+CALLS: dict[str, Callable[[Any, list[Tensor]], list[Tensor]]] = {
+    "list": lambda layer, states: [*states, layer(states)],  # torchvision, timm: the layer joins them
+    "joined": lambda layer, states: [layer(join(states))],  # MONAI, torchxrayvision: the layer appends its output
+    "output": lambda layer, states: [*states, layer(join(states))],  # FC-DenseNet: the block does
+}
+NAMES = {  # parts of a layer by the names of torchvision's children; what has other names is told by its class
+    "norm1": "norm", "conv1": "affine", "norm2": "inner_norm", "conv2": "inner",
+}  # fmt: skip
+DROPOUT = "drop_rate"
+RECOMPUTATION = {"memory_efficient", "grad_checkpointing"}
+KNOWN = {DROPOUT, *RECOMPUTATION}  # attributes whose change is understood
+
+
+class Layer(NamedTuple):
+    """One layer: paths from the owner, and the classes that were there when the block was proved."""
+
+    path: str
+    skeleton: tuple[Skeleton, ...]  # the layer and its containers
+    parts: tuple[tuple[str, str], ...]
+    activations: tuple[str | None, ...]  # None: functional, relu
+    dropout: str | None  # the path of the module
+    preactivation: bool
+    norms: tuple[type, ...]  # classes of its norms that hold their activation themselves (timm)
+
+
+class Blueprint(NamedTuple):
+    skeleton: tuple[Skeleton, ...]  # the owner and the container of its layers
+    layers: tuple[Layer, ...]
+    call: str
+    appended: bool  # the result is the output of all layers without the input
+
+
+def leaves(owner: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
+    """(path, module) in order, through containers (nn.Sequential) below the layer."""
+    for name, child in get(owner, path)._modules.items():
+        if child is None:
+            continue
+        inner = f"{path}.{name}"
+        if isinstance(child, nn.Sequential):
+            yield from leaves(owner, inner)
+        else:
+            yield inner, child
+
+
+def containers(owner: nn.Module, path: str) -> Iterator[str]:
+    yield path
+    for name, child in get(owner, path)._modules.items():
+        if isinstance(child, nn.Sequential):
+            yield from containers(owner, f"{path}.{name}")
+
+
+def read_layer(owner: nn.Module, path: str) -> Layer | None:
+    """The layer at `path` if its children are those of a dense layer, in their order."""
+    found = list(leaves(owner, path))
+    skeleton = [Skeleton.of(owner, inner) for inner in containers(owner, path)]
+    by_name = {inner.rpartition(".")[2]: inner for inner, _ in found}
+    named = {"norm1", "conv1"} <= set(by_name)
+    order: list[str] = []  # of kinds
+    parts: dict[str, str] = {}
+    activations: list[str | None] = []
+    dropout = None
+    norms: list[type] = []
+    for inner, module in found:
+        name = inner.rpartition(".")[2]
+        role = NAMES.get(name) if named else None
+        if role or is_norm(module) or is_convolution(module) or is_linear(module):
+            kind = "norm" if (role.endswith("norm") if role else is_norm(module)) else "conv"
+            order.append(kind)
+            slots = ("norm", "inner_norm") if kind == "norm" else ("affine", "inner")
+            free = [slot for slot in slots if slot not in parts]
+            if not free:
+                return None
+            parts[free[0]] = inner
+            act = module._modules.get("act")
+            if kind == "norm" and act is not None:  # timm's norms hold their activation
+                order.append("act")
+                activations.append(f"{inner}.act")
+                norms.append(type(module))
+                skeleton.append(Skeleton.of(owner, inner))
+                if module._modules.get("drop") is not None:
+                    skeleton.append(Skeleton.of(owner, f"{inner}.drop"))
+        elif is_dropout(module) or (named and name.startswith("drop")):
+            if dropout is not None:
+                return None
+            dropout = inner
+            order.append("dropout")
+        elif is_activation(module) or (named and name.startswith(("relu", "act"))):
+            order.append("act")
+            activations.append(inner)
+        elif not isinstance(module, nn.Identity):
+            return None
+    if "dropout" in order and order[-1] != "dropout":
+        return None
+    kinds = [kind for kind in order if kind != "dropout"]
+    complete = _with_functional_activations(kinds)
+    if complete is None:
+        return None
+    if "act" not in kinds:
+        activations = [None] * complete.count("act")
+    elif kinds != complete:
+        return None
+    return Layer(path, tuple(skeleton), tuple(parts.items()), tuple(activations), dropout,
+                 complete[-1] == "conv", tuple(norms))  # fmt: skip
+
+
+def opaque(owner: nn.Module, path: str) -> Layer:
+    """A layer of which nothing is known but how it is called."""
+    return Layer(path, (Skeleton.of(owner, path),), (), (), None, True, ())
+
+
+ORDERS = (  # of a dense layer
+    ["norm", "act", "conv", "norm", "act", "conv"],
+    ["norm", "act", "conv"],
+    ["act", "conv"],
+    ["conv", "norm", "act"],
+    ["conv", "act"],
+)
+
+
+def _with_functional_activations(kinds: list[str]) -> list[str] | None:
+    for order in ORDERS:
+        if kinds == order or kinds == [kind for kind in order if kind != "act"]:
+            return order
+    return None
+
+
+def widths(owner: nn.Module, layer: Layer) -> tuple[int | None, int | None]:
+    """The channels that a layer reads and those of its output, where its convolutions say so."""
+    convolutions = [get(owner, path) for part, path in layer.parts if part in ("affine", "inner")]
+    if not convolutions:
+        return None, None
+
+    def width(module: Any, *names: str) -> int | None:
+        return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)), None)
+
+    return width(convolutions[0], "in_channels", "in_features"), width(convolutions[-1], "out_channels", "out_features")
+
+
+class DenseBlocks:
+    name = "dense block"
+    structure = (
+        "dense blocks: layers whose children are a normalisation, an activation and a convolution once or twice in "
+        "this order (norm1, relu1, conv1, norm2, relu2, conv2), or a convolution and an activation; each reads all"
+    )
+
+    def blueprints(self, module: nn.Module) -> Iterable[Blueprint | str]:
+        """A block is a module whose children, or the children of its only container, are dense layers of growing
+        width."""
+        found = self._layers(module)
+        if found is None:
+            kinds = {type(child) for child in module._modules.values()}
+            child = next(iter(module._modules.values()), None)
+            own = child is not None and not type(child).__module__.startswith("torch.nn")
+            if own and len(kinds) == 1 < len(module._modules) and "dense" in origin(module).__name__.lower():
+                names = ", ".join(child._modules)  # type: ignore[union-attr]
+                yield f"its layers are other than those of a dense block: {type(child).__name__} of {names}"
+            return
+        at, layers = found
+        skeleton = tuple(Skeleton.of(module, path) for path in dict.fromkeys(("", at)))
+        channels = None
+        for layer in layers:
+            read, new = widths(module, layer)
+            if channels is not None and read is not None and read != channels:
+                if "dense" in origin(module).__name__.lower():
+                    yield f"{layer.path} reads {read} channels; expected {channels}, all that come before it"
+                return
+            channels = None if read is None or new is None else read + new
+        if origin(module).forward is nn.Sequential.forward:
+            yield Blueprint(skeleton, layers, "joined", False)
+            return
+        for call in ("list", "output", "joined"):
+            yield Blueprint(skeleton, layers, call, False)
+        yield Blueprint(skeleton, layers, "output", True)
+
+    def _layers(self, module: nn.Module) -> tuple[str, tuple[Layer, ...]] | None:
+        at = ""
+        children = [child for child in module._modules.values() if child is not None]
+        if len(children) == 1 and type(children[0]) in (nn.ModuleList, nn.ModuleDict):
+            at = next(iter(module._modules))
+        names = list(get(module, at)._modules)
+        if not names or any(get(module, f"{at}.{name}".strip(".")) is None for name in names):
+            return None
+        paths = [f"{at}.{name}".strip(".") for name in names]
+        if not all(get(module, path)._modules for path in paths):
+            return None
+        layers = [read_layer(module, path) or opaque(module, path) for path in paths]
+        read = [layer for layer in layers if layer.parts]
+        called_dense = "dense" in origin(module).__name__.lower()
+        if not read or (len(read) < len(layers) or len(layers) == 1) and not called_dense:
+            return None
+        return at, tuple(layers)
+
+    def inputs(self, module: nn.Module, blueprint: Blueprint) -> Iterable[tuple[Any, ...]]:
+        first = next(layer for layer in blueprint.layers if layer.parts)
+        parts = {part: get(module, path) for part, path in first.parts}
+        channels, _ = widths(module, first)
+        channels = channels or getattr(parts.get("norm"), "num_features", None)
+        convolution = next((m for m in parts.values() if is_convolution(m)), None)
+        if channels is None:
+            return
+        if convolution is None:
+            return
+        rank = len(convolution.kernel_size)
+        for sizes in ((7,), (5, 6), (4, 5, 3))[rank - 1], ((32,), (12, 12), (8, 8, 8))[rank - 1]:
+            yield ((2, channels, *sizes),)
+
+    def execute_plainly(self, module: nn.Module, blueprint: Blueprint, *inputs: Any) -> Tensor:
+        states = [inputs[0]]
+        for layer in blueprint.layers:
+            states = CALLS[blueprint.call](get(module, layer.path), states)
+        out = join(states)
+        return out[:, inputs[0].shape[1] :] if blueprint.appended else out
+
+    def prepare(self, module: nn.Module) -> None:
+        """For the proof: recomputation updates the statistics of a layer twice in PyTorch, here once."""
+        for layer in module.modules():
+            for name in RECOMPUTATION & layer.__dict__.keys():
+                setattr(layer, name, False)
+
+    def complete(self, module: nn.Module, blueprint: Blueprint, inputs: tuple[Any, ...]) -> Blueprint | None:
+        return blueprint
+
+    def executor(self, module: nn.Module, blueprint: Blueprint, backend: str | None) -> Executor:
+        return BlockExecutor(module, blueprint, backend)
+
+
+class BlockExecutor:
+    """Runs a block by the plan of its layers."""
+
+    def __init__(self, owner: nn.Module, blueprint: Blueprint, backend: str | None):
+        self._owner, self._blueprint, self._backend = owner, blueprint, backend
+        layers = [get(owner, layer.path) for layer in blueprint.layers]
+        self._attributes = Attributes([owner, *(layer for layer in layers if layer is not None)])
+        self.plan = Plan(self.describe)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        if not set(self._attributes.changed()) <= KNOWN:
+            return None  # it may mean anything
+        out = self.plan(self._owner, x, self._backend)
+        if out is None or not self._blueprint.appended:
+            return out
+        return out[:, x.shape[1] :]
+
+    def summary(self) -> str:
+        """How many layers run on kernels as they are now, and why the others do not."""
+        first = next(layer for layer in self._blueprint.layers if layer.parts)
+        channels, _ = widths(self._owner, first)
+        return summarise(self.plan.segments(self._owner, torch.empty(1, channels or 0, device="meta")))
+
+    def describe(self, owner: nn.Module) -> list[DenseLayer] | str:
+        for skeleton in self._blueprint.skeleton:
+            if not skeleton.holds(owner):
+                return f"{skeleton.path or 'it'} has other children than when it was accelerated"
+        call = CALLS[self._blueprint.call]
+        return [describe_layer(owner, layer, call) for layer in self._blueprint.layers]
+
+
+def summarise(segments: list[Segment] | str) -> str:
+    if isinstance(segments, str):
+        return segments
+    count = sum(len(segment.layers) for segment in segments)
+    called = {segment.layers[0].name: segment.reason for segment in segments if segment.config is None}
+    by_kernels = sum(len(segment.layers) for segment in segments if segment.config is not None)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in called.items())
+    return f"{by_kernels} of {count} layers by kernels" + (f"; by their submodules: {reasons}" if reasons else "")
+
+
+def describe_layer(
+    owner: nn.Module, layer: Layer, call: Callable[[Any, list[Tensor]], list[Tensor]], module_path: str | None = None
+) -> DenseLayer:
+    """What stands at the layer's path now; without parts where it is not what was proved: it is only called then."""
+    module = get(owner, layer.path if module_path is None else module_path)
+    name = layer.path.rpartition(".")[2]
+    parts = {part: get(owner, path) for part, path in layer.parts}
+    activations = tuple("relu" if path is None else get(owner, path) for path in layer.activations)
+    if (
+        not all(skeleton.holds(owner) for skeleton in layer.skeleton)
+        or any(part is None for part in parts.values())
+        or any(activation is None for activation in activations)
+    ):
+        return DenseLayer(name, module, call, {}, ())
+    dropout: Any = get(owner, layer.dropout) if layer.dropout else getattr(module, DROPOUT, 0.0) or None
+    others = tuple(get(owner, skeleton.path) for skeleton in layer.skeleton[1:])
+    return DenseLayer(
+        name, module, call, parts, activations, dropout, layer.preactivation, others, plain_types=frozenset(layer.norms)
+    )
