@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._checks import check_states, check_tensor
+
 Tensors = Sequence[Tensor | None]
 
 
@@ -164,19 +166,27 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def autocast_affine(
-    states: Sequence[Tensor], weight: Tensor, bias: Tensor | None, norm_scale: Tensor | None,
-    norm_shift: Tensor | None, activation: str,
-) -> tuple[torch.dtype, list[Any]]:  # fmt: skip
-    """The dtype of the result of a dense accumulation in an autocast region, and weight, bias, norm_scale, norm_shift
-    and the states for it. As with torch's operators one by one: the product is of narrowed operands, while float32
-    states are normalised and activated in float32 first."""
-    tensors = autocast(weight, bias, norm_scale, norm_shift, *states)
-    result: Any = tensors[0]
+    op: str, states: object, weight: Any, bias: Any, norm_scale: Any, norm_shift: Any, activation: str
+) -> tuple[list[Any], Any, Any, Any, Any, torch.dtype] | None:
+    """The tensors of a dense accumulation in an autocast region of their device, and the dtype of its result; None
+    outside of one. As with torch's operators one by one: the product is of narrowed operands, while float32 states are
+    normalised and activated in float32 first."""
+    check_tensor(op, "weight", weight)
+    if not autocasts(weight.device.type):
+        return None
+    given = check_states(op, states, mixed=True)
+    for name, option in (("bias", bias), ("norm_scale", norm_scale), ("norm_shift", norm_shift)):
+        if option is not None:
+            check_tensor(op, name, option)
+    weight, bias, scale, shift, *narrow = autocast(weight, bias, norm_scale, norm_shift, *given)
     plain = norm_scale is None and norm_shift is None and activation == "identity"
-    if plain or all(state.dtype != torch.float32 for state in states):
-        return result.dtype, tensors
-    operands = [None if t is None else t.to(torch.float32) for t in tensors[:2]]  # narrowed, and wide again
-    return result.dtype, operands + [t if t is None else t.to(torch.float32) for t in (norm_scale, norm_shift, *states)]
+    if plain or all(state.dtype != torch.float32 for state in given):
+        return narrow, weight, bias, scale, shift, weight.dtype
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        return t if t is None else t.to(torch.float32)
+
+    return [wide(t) for t in given], wide(weight), wide(bias), wide(norm_scale), wide(norm_shift), weight.dtype
 
 
 def outside_autocast(like: Tensor) -> AbstractContextManager[Any]:
