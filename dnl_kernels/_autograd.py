@@ -102,6 +102,12 @@ def recorded(tensors: Tensors) -> bool:
     return False
 
 
+def recomputes() -> bool:
+    """Whether a backward pass is running on this thread, as it is where activation checkpointing computes a forward pass
+    again: running statistics have been updated for it before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def transformed() -> bool:
     """Whether a gradient is being computed of batched or of dual tensors, of which the kernels know nothing."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

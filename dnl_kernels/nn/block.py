@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._autograd import recomputes
 from .._backend import check_backend
 from .._checks import fail
 from ..ops.dnl_block.api import check_config, dnl_block_with_statistics
@@ -275,7 +276,10 @@ class DNLBlock(nn.Module):
 @torch.no_grad()
 def update_running_statistics(found: list[tuple[Any, Tensor, Tensor]], elements: int) -> None:
     """The running statistics of (normalisation, mean, biased variance), in place and as nn.BatchNorm2d: unbiased
-    variance, momentum=None for the cumulative mean. Few calls for all of them: there may be a hundred."""
+    variance, momentum=None for the cumulative mean. Few calls for all of them: there may be a hundred. Unchanged where
+    a forward pass is computed again for a backward pass (activation checkpointing)."""
+    if recomputes():
+        return
     found = [update for update in found if update[0].training and update[0].track_running_stats]
     if not found:
         return

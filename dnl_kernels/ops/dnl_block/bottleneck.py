@@ -157,9 +157,13 @@ class _Run(Prefix):
         self.ops.norm_activation_fwd(y, norm.scale, norm.shift, self.config.activation, z)
         return z
 
+    def filters(self, layer: int) -> Tensor:
+        """Of the 3x3 convolution, contiguous: by channels-last ones torch's results would be channels-last too."""
+        return self.layers[layer].inner_weight.to(self.states.dtype).contiguous()
+
     def convolve(self, layer: int, norm: Norm) -> Tensor:
         """The 3x3 convolution of act(norm(y)): by dense_conv2d, which activates on the way, where maps are large."""
-        weight, y = self.layers[layer].inner_weight.to(self.states.dtype), self.planes(self.output(layer))
+        weight, y = self.filters(layer), self.planes(self.output(layer))
         if not self.single:
             return torch.conv2d(self.activated(layer, norm), weight, padding=1)
         return self.ops.dense_conv2d_fwd([y], weight, None, norm.scale, norm.shift, self.config.activation, 1.0)
@@ -167,7 +171,7 @@ class _Run(Prefix):
     def convolve_back(self, layer: int, norm: Norm, dout: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dy through that convolution and the scale of the norm, as a matrix (in `dy`, or another one); the filters'
         gradient; sum g and sum g * (y - mean), g the gradient of the norm's result."""
-        weight, y = self.layers[layer].inner_weight.to(self.states.dtype), self.planes(self.output(layer))
+        weight, y = self.filters(layer), self.planes(self.output(layer))
         activation = self.config.activation
         if self.single:
             (found,), dweight, _, moment, plain = self.ops.dense_conv2d_bwd(
