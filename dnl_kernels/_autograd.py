@@ -51,12 +51,8 @@ def differentiable(
             ctx.config, ctx.count, ctx.extra = config, len(tensors), len(extra)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*extra)
-            if keep_output:
-                ctx.save_for_backward(*tensors, output, *extra)
-                output = _written_apart(output)
-            else:
-                ctx.save_for_backward(*tensors, *extra)
-            return output, *extra
+            ctx.save_for_backward(*tensors, *([output] if keep_output else []), *extra)
+            return _to_be_written(output, keep_output), *extra
 
         @staticmethod
         def backward(ctx, doutput, *_):
@@ -113,12 +109,15 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _written_apart(output: Tensor) -> Tensor:
-    """The output for the user, who may change it in place, of one that is kept for backward: the same memory until one
-    of the two is written. On the CPU; elsewhere PyTorch refuses the backward pass after a change in place."""
-    if output.device.type != "cpu" or torch.compiler.is_compiling():
+def _to_be_written(output: Tensor, kept: bool) -> Tensor:
+    """The output as the user may change it in place. One that is kept for backward shares its memory with what is kept
+    until one of the two is written; elsewhere than on the CPU PyTorch refuses the backward pass after such a change.
+    One that was given its shape by a view is no view to autograd, which refuses to change a Function's views."""
+    if torch.compiler.is_compiling():
         return output
-    return torch._lazy_clone(output)  # type: ignore[attr-defined]
+    if kept and output.device.type == "cpu":
+        return torch._lazy_clone(output)  # type: ignore[attr-defined]
+    return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
 
 
 def reference_vjp(reference, config, doutput, tensors, needs):
