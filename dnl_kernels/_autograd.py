@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ._checks import check_states, check_tensor
+
 Tensors = Sequence[Tensor | None]
 
 
@@ -49,12 +51,8 @@ def differentiable(
             ctx.config, ctx.count, ctx.extra = config, len(tensors), len(extra)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*extra)
-            if keep_output:
-                ctx.save_for_backward(*tensors, output, *extra)
-                output = _written_apart(output)
-            else:
-                ctx.save_for_backward(*tensors, *extra)
-            return output, *extra
+            ctx.save_for_backward(*tensors, *([output] if keep_output else []), *extra)
+            return _to_be_written(output, keep_output), *extra
 
         @staticmethod
         def backward(ctx, doutput, *_):
@@ -100,17 +98,26 @@ def recorded(tensors: Tensors) -> bool:
     return False
 
 
+def recomputes() -> bool:
+    """Whether a backward pass is running on this thread, as it is where activation checkpointing computes a forward pass
+    again: running statistics have been updated for it before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def transformed() -> bool:
     """Whether a gradient is being computed of batched or of dual tensors, of which the kernels know nothing."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _written_apart(output: Tensor) -> Tensor:
-    """The output for the user, who may change it in place, of one that is kept for backward: the same memory until one
-    of the two is written. On the CPU; elsewhere PyTorch refuses the backward pass after a change in place."""
-    if output.device.type != "cpu" or torch.compiler.is_compiling():
+def _to_be_written(output: Tensor, kept: bool) -> Tensor:
+    """The output as the user may change it in place. One that is kept for backward shares its memory with what is kept
+    until one of the two is written; elsewhere than on the CPU PyTorch refuses the backward pass after such a change.
+    One that was given its shape by a view is no view to autograd, which refuses to change a Function's views."""
+    if torch.compiler.is_compiling():
         return output
-    return torch._lazy_clone(output)
+    if kept and output.device.type == "cpu":
+        return torch._lazy_clone(output)
+    return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
 
 
 def traceable(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -171,19 +178,27 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def autocast_affine(
-    states: Sequence[Tensor], weight: Tensor, bias: Tensor | None, norm_scale: Tensor | None,
-    norm_shift: Tensor | None, activation: str,
-) -> tuple[torch.dtype, list[Any]]:  # fmt: skip
-    """The dtype of the result of a dense accumulation in an autocast region, and weight, bias, norm_scale, norm_shift
-    and the states for it. As with torch's operators one by one: the product is of narrowed operands, while float32
-    states are normalised and activated in float32 first."""
-    tensors = autocast(weight, bias, norm_scale, norm_shift, *states)
-    result: Any = tensors[0]
+    op: str, states: object, weight: Any, bias: Any, norm_scale: Any, norm_shift: Any, activation: str
+) -> tuple[list[Any], Any, Any, Any, Any, torch.dtype] | None:
+    """The tensors of a dense accumulation in an autocast region of their device, and the dtype of its result; None
+    outside of one. As with torch's operators one by one: the product is of narrowed operands, while float32 states are
+    normalised and activated in float32 first."""
+    check_tensor(op, "weight", weight)
+    if not autocasts(weight.device.type):
+        return None
+    given = check_states(op, states, mixed=True)
+    for name, option in (("bias", bias), ("norm_scale", norm_scale), ("norm_shift", norm_shift)):
+        if option is not None:
+            check_tensor(op, name, option)
+    weight, bias, scale, shift, *narrow = autocast(weight, bias, norm_scale, norm_shift, *given)
     plain = norm_scale is None and norm_shift is None and activation == "identity"
-    if plain or all(state.dtype != torch.float32 for state in states):
-        return result.dtype, tensors
-    operands = [None if t is None else t.to(torch.float32) for t in tensors[:2]]  # narrowed, and wide again
-    return result.dtype, operands + [t if t is None else t.to(torch.float32) for t in (norm_scale, norm_shift, *states)]
+    if plain or all(state.dtype != torch.float32 for state in given):
+        return narrow, weight, bias, scale, shift, weight.dtype
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        return t if t is None else t.to(torch.float32)
+
+    return [wide(t) for t in given], wide(weight), wide(bias), wide(norm_scale), wide(norm_shift), weight.dtype
 
 
 def outside_autocast(like: Tensor) -> AbstractContextManager[Any]:

@@ -20,6 +20,8 @@ from . import _extension, _ops
 log = logging.getLogger("dnl_kernels")
 
 PREFERENCE = ("cuda", "triton", "cpu", "reference")  # best first; the only place where an order is written
+# Below so many numbers in all tensors of a call it costs more to call a kernel than PyTorch's own operators.
+FEW = 1 << 12
 ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMESPACE = {"cpu": "dnl", "cuda": "dnl", "triton": "dnl_triton"}  # tests add emulated backends
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -45,11 +47,13 @@ SMALLEST_SHARED_MEMORY = 99 << 10  # bytes that a block may have on every archit
 TRITON = Support(devices=_ops.TRITON_DEVICES, dtypes=CUDA_DTYPES)
 
 SUPPORTS: dict[str, dict[str, Support]] = {}
+_CHOICES: dict[tuple[str, str, torch.dtype], str] = {}  # (op, device, dtype): the best backend where it has no limit
 
 
 def declare(op: str, **backends: Support) -> None:
     """Records the backends of operator `op`; the reference runs everywhere."""
     SUPPORTS[op] = {"reference": REFERENCE, **backends}
+    _CHOICES.clear()
 
 
 def absence(backend: str) -> str | None:
@@ -104,15 +108,25 @@ def select(op: str, backend: str | None, example: Tensor, **facts: object) -> st
         if why := reasons(op, backend, device, dtype, facts):
             raise ValueError(f"{op}: backend='{backend}' cannot run this call: " + "; ".join(why))
         return backend
-    if decomposes():
+    if torch.compiler.is_compiling():  # Dynamo would guard every entry of the table
+        return "reference" if decomposes() else _best(op, device, dtype, facts)
+    if torch._C._are_functorch_transforms_active():
         return "reference"
+    return _CHOICES.get((op, device, dtype)) or _best(op, device, dtype, facts)
+
+
+def _best(op: str, device: str, dtype: torch.dtype, facts: Mapping[str, object]) -> str:
     supports = SUPPORTS[op]
+    certain = not torch.compiler.is_compiling()
     for name in PREFERENCE:
         support = supports.get(name)
         if support is None or (support.devices and device not in support.devices):
             continue
         if dtype in support.dtypes and absence(name) is None and (support.limit is None or not support.limit(**facts)):
+            if certain and support.limit is None:
+                _CHOICES[op, device, dtype] = name
             return name
+        certain = certain and support.limit is None
         log_fallback(op, name, "; ".join(reasons(op, name, device, dtype, facts)))
     raise AssertionError("the reference backend runs every call")
 
@@ -156,6 +170,15 @@ def shared_memory(device: torch.device) -> int:
         return SMALLEST_SHARED_MEMORY
     properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks it
     return properties.shared_memory_per_block_optin
+
+
+def few(numbers: int, example: Tensor) -> bool:
+    """Whether a call without a requested backend is for PyTorch's own operators, where these compute the same: of so
+    many numbers in the dtype that they accumulate in."""
+    return numbers <= FEW and example.dtype in _WIDE and not torch.compiler.is_compiling()
+
+
+_WIDE = frozenset((torch.float32, torch.float64))
 
 
 def kernel(backend: str, name: str) -> Callable:

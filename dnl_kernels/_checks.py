@@ -70,11 +70,33 @@ def check_tensor(op: str, argument: str, given: object, like: Tensor | None = No
     return given
 
 
-def check_tensors(op: str, like: Tensor | None = None, like_name: str = "", **named: Tensor | None) -> None:
-    """Those of the named tensors that are given: see `check_tensor`."""
-    for name, tensor in named.items():
-        if tensor is not None:
-            check_tensor(op, name, tensor, like, like_name)
+def check_affine(
+    op: str, like: Tensor, weight: object, bias: object, norm_scale: object, norm_shift: object, activation: object,
+    scale: object,
+) -> None:  # fmt: skip
+    """The arguments of a dense accumulation beside its states, of which `like` is the first; shapes apart."""
+    check_tensor(op, "weight", weight, like, "states[0]")
+    if bias is not None:
+        check_tensor(op, "bias", bias, like, "states[0]")
+    if norm_scale is not None:
+        check_tensor(op, "norm_scale", norm_scale, like, "states[0]")
+    if norm_shift is not None:
+        check_tensor(op, "norm_shift", norm_shift, like, "states[0]")
+    if activation not in _activations.KINDS:
+        check_activation(op, "activation", activation)
+    check_number(op, "scale", scale)
+
+
+def check_vectors(
+    op: str, outputs: int, channels: int, bias: Tensor | None, norm_scale: Tensor | None, norm_shift: Tensor | None
+) -> None:
+    """Their shapes: one number per output, and per channel of all states."""
+    if bias is not None:
+        check_shape(op, "bias", bias, (outputs,), meaning="D")
+    if norm_scale is not None:
+        check_shape(op, "norm_scale", norm_scale, (channels,), meaning="sum C_j")
+    if norm_shift is not None:
+        check_shape(op, "norm_shift", norm_shift, (channels,), meaning="sum C_j")
 
 
 def check_states(op: str, states: object, mixed: bool = False) -> list[Tensor]:
@@ -84,14 +106,13 @@ def check_states(op: str, states: object, mixed: bool = False) -> list[Tensor]:
     if not states:
         fail(op, "states", "empty", "at least one tensor")
     first = states[0]
-    fine = isinstance(first, Tensor) and first.dtype in FLOATS
-    for state in states:
-        fine = fine and isinstance(state, Tensor) and state.dtype == first.dtype and state.device == first.device
-    if not fine:
-        for j, state in enumerate(states):
-            check_tensor(op, f"states[{j}]", state, states[0] if j and not mixed else None, "states[0]")
-            if state.device != states[0].device:
-                fail(op, f"states[{j}]", f"on {state.device}", f"{states[0].device}, as states[0]")
+    check_tensor(op, "states[0]", first)
+    dtype, device = first.dtype, first.device
+    for j, state in enumerate(states):
+        if not isinstance(state, Tensor) or state.dtype is not dtype or state.device != device:
+            check_tensor(op, f"states[{j}]", state, None if mixed else first, "states[0]")
+            if state.device != device:
+                fail(op, f"states[{j}]", f"on {state.device}", f"{device}, as states[0]")
     return list(states)
 
 

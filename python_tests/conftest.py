@@ -6,7 +6,7 @@ import zlib
 import pytest
 import torch
 
-from dnl_kernels import _extension
+from dnl_kernels import _backend, _extension
 
 # Compiled graphs of an earlier version of the package would be taken for today's: what an operator's fake returns is
 # not part of their key.
@@ -25,6 +25,12 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def no_shortcuts(monkeypatch):
+    """The kernels run, however few numbers there are. test_contracts.py is about the shortcuts."""
+    monkeypatch.setattr(_backend, "FEW", -1)
 
 
 @pytest.fixture(params=_extension._C.isa_levels() if _extension._C else [])

@@ -19,7 +19,8 @@ NonlocalTensor view(const Tensor& t, bool channels_first) {
 
 struct Prepared {
   NonlocalParams params{};
-  Tensor bandwidth, key_mask, centre_and_radius;
+  Tensor bandwidth, key_mask;
+  std::vector<double> centre_and_radius;  // or floats
   std::vector<int64_t> key_count, key_index;
 };
 
@@ -79,10 +80,10 @@ Prepared prepare(const Tensor& query, const Tensor& key, const Tensor& value, co
   if (key_mask) index_keys(r, *key_mask);
   const ScalarType compute = compute_type(query);
   const int64_t pairs = p.batch * p.heads, centres = centres_keys(p) ? pairs * p.width : 0;
-  r.centre_and_radius = empty(query, {centres + pairs}, compute);
+  r.centre_and_radius.resize(centres + pairs);
   dispatch_float("nonlocal_attention", compute, [&](auto zero) {
     using T = decltype(zero);
-    T* const found = static_cast<T*>(r.centre_and_radius.data_ptr());
+    T* const found = reinterpret_cast<T*>(r.centre_and_radius.data());
     p.centre = centres ? found : nullptr;
     p.radius = found + centres;
     prepare_keys<T>(p, 0, pairs);

@@ -29,7 +29,7 @@ class NormActivation(nn.Module):
         """pool: the means of 2x2 pixels, half of an odd size rounded as it says, "ceil" or "floor"."""
         if (fused := self._fused(x, pool)) is not None:
             return fused
-        z = activate(x if self.norm is None else self.norm(x), self.activation)
+        z = activate(x if self.norm is None else running_statistics.normalised(self.norm, x), self.activation)
         return F.avg_pool2d(z, 2, ceil_mode=pool == "ceil") if pool else z
 
     def _fused(self, x: Tensor, pool: str | None) -> Tensor | None:

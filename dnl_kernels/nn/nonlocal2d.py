@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._backend import check_backend
 from .._checks import check_choice, fail, shape
 from ..ops.nonlocal_attention.api import nonlocal_attention
+from .running_statistics import normalised
 
 OP = "NonLocal2d"
 KERNELS = ("softmax", "gaussian", "dot")
@@ -94,7 +95,7 @@ class NonLocal2d(nn.Module):
         y = nonlocal_attention(query, key, positions(self.g(x)), kernel=self.kernel, scale=self.scale,
                                bandwidth=bandwidth, layout="channels_first", backend=self.backend)  # fmt: skip
         z = self.out(y.flatten(1, 2).unflatten(2, x.shape[2:]))
-        return x + (z if self.norm is None else self.norm(z))
+        return x + (z if self.norm is None else normalised(self.norm, z))
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kernel={self.kernel!r}, heads={self.heads}"

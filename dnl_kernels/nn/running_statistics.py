@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .._autograd import recomputes
 
 
 @torch.no_grad()
@@ -16,7 +19,7 @@ def update(found: list[tuple[Any, Tensor, Tensor]], elements: int) -> None:
     Nothing happens for an empty batch, nor inside of a backward pass: activation checkpointing computes a forward pass
     again there, whose statistics have been counted."""
     found = [update for update in found if update[0].training and update[0].track_running_stats]
-    if not found or elements == 0 or _inside_backward():
+    if not found or elements == 0 or recomputes():
         return
     norms = [norm for norm, _, _ in found]
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
@@ -37,5 +40,9 @@ def update(found: list[tuple[Any, Tensor, Tensor]], elements: int) -> None:
             running[at].add_((batch[at] - running[at]) * factor)
 
 
-def _inside_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def normalised(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x); where activation checkpointing computes it again for a backward pass, with copies of its buffers, so that
+    running statistics are not updated a second time."""
+    if norm.training and recomputes():
+        return functional_call(norm, {name: buffer.clone() for name, buffer in norm.named_buffers()}, (x,))
+    return norm(x)

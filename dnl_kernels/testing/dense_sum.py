@@ -63,4 +63,5 @@ OPERATOR = Operator(
         "dense_sum_fwd": (list(states), weight, 1),
         "dense_sum_bwd": (torch.ones_like(states[0]), list(states), weight, 1, True, True),
     },
+    narrows=False,
 )

@@ -16,7 +16,7 @@ class Operator(NamedTuple):
     """name: as in `dnl`. leaves(dtype, batch): a small example's differentiable tensors, drawn from torch's generator.
     names: the leaves' names. call(*leaves, backend=None): the public function on them. batched: the leaves whose
     dimension 0 is the batch. registered(*leaves): arguments for the registered operators, for opcheck; empty for a
-    composition of other operators."""
+    composition of other operators. narrows: whether an autocast region runs it in its dtype, as it does products."""
 
     name: str
     leaves: Callable[[torch.dtype, int], list[Tensor]]
@@ -24,6 +24,7 @@ class Operator(NamedTuple):
     call: Callable[..., Tensor]
     batched: tuple[int, ...]
     registered: Callable[..., dict[str, tuple[Any, ...]]]
+    narrows: bool = True
 
 
 def operators() -> list[Operator]:

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import dnl_kernels as dnl
 
-
 B = "block1.denselayer2"
 
 

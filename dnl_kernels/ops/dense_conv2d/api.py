@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._autograd import autocast_affine, autocasts, differentiable, outside_autocast
-from ..._checks import check_activation, check_number, check_shape, check_states, check_tensors, fail, shape
+from ..._autograd import autocast_affine, differentiable, outside_autocast
+from ..._checks import check_affine, check_states, check_vectors, fail, shape
 from . import reference
 
 OP = "dense_conv2d"
@@ -70,52 +71,41 @@ def dense_conv2d(
 
     Source: DNL Def. 1 with K_{l,j} a convolution (concatenation is a sum over blocks); DenseNet's BN-ReLU-Conv.
     """
-    options = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
-    check_tensors(OP, weight=weight, **options)
-    if autocasts(weight.device.type):
-        states = check_states(OP, states, mixed=True)
-        dtype, tensors = autocast_affine(states, weight, bias, norm_scale, norm_shift, activation)
+    if torch._C._is_any_autocast_enabled() and (narrowed := autocast_affine(
+        OP, states, weight, bias, norm_scale, norm_shift, activation
+    )):  # fmt: skip
         with outside_autocast(weight):
-            weight, bias, norm_scale, norm_shift, *states = tensors
+            states, weight, bias, norm_scale, norm_shift, dtype = narrowed
             return dense_conv2d(
                 states, weight, bias, norm_scale=norm_scale, norm_shift=norm_shift, activation=activation, scale=scale,
                 backend=backend,
             ).to(dtype)  # fmt: skip
     states = check_states(OP, states)
-    check_tensors(OP, states[0], "states[0]", weight=weight, **options)
-    _check_shapes(states, weight, options)
-    check_activation(OP, "activation", activation)
-    check_number(OP, "scale", scale)
-    outputs, _, _, size = weight.shape
-    chosen = _backend.select(
-        OP, backend, states[0], states=len(states), outputs=outputs, size=size, width=states[0].shape[3]
-    )
+    first, channels = states[0], 0
+    check_affine(OP, first, weight, bias, norm_scale, norm_shift, activation, scale)
+    batch, image = first.shape[:1], first.shape[2:]
+    for j, state in enumerate(states):
+        size = state.shape
+        if len(size) != 4:
+            fail(OP, f"states[{j}]", shape(state), "4 dimensions [B, C_j, H, W]")
+        if size[:1] != batch or size[2:] != image:
+            expected = [*batch, "C_j", *image]
+            fail(OP, f"states[{j}]", shape(state), f"[{', '.join(map(str, expected))}], as states[0]")
+        channels += size[1]
+    size = weight.shape
+    if len(size) != 4:
+        fail(OP, "weight", shape(weight), "4 dimensions [D, sum C_j, k, k]")
+    outputs, given, height, width = size
+    if height % 2 == 0:
+        fail(OP, "weight", shape(weight), f"[D, {channels}, k, k] with k odd")
+    if given != channels or height != width:
+        fail(OP, "weight", shape(weight), f"{[outputs, channels, height, height]} (D, sum C_j, k, k)")
+    check_vectors(OP, outputs, channels, bias, norm_scale, norm_shift)
+    chosen = _backend.select(OP, backend, first, states=len(states), outputs=outputs, size=width, width=image[1])
     if chosen == "reference":
         return reference.dense_conv2d(states, weight, bias, norm_scale, norm_shift, activation, scale)
     tf32 = chosen.startswith("cuda") and _backend.allows_tf32(weight.dtype)
     return _function(Config(activation, float(scale), chosen, tf32), weight, bias, norm_scale, norm_shift, *states)
-
-
-def _check_shapes(states: Sequence[Tensor], weight: Tensor, options: dict[str, Tensor | None]) -> None:
-    batch, image, channels = states[0].shape[:1], states[0].shape[2:], 0
-    for j, state in enumerate(states):
-        given = state.shape
-        if len(given) != 4:
-            fail(OP, f"states[{j}]", shape(state), "4 dimensions [B, C_j, H, W]")
-        if given[:1] != batch or given[2:] != image:
-            expected = [*batch, "C_j", *image]
-            fail(OP, f"states[{j}]", shape(state), f"[{', '.join(map(str, expected))}], as states[0]")
-        channels += given[1]
-    if weight.dim() != 4:
-        fail(OP, "weight", shape(weight), "4 dimensions [D, sum C_j, k, k]")
-    outputs, _, size, _ = weight.shape
-    if size % 2 == 0:
-        fail(OP, "weight", shape(weight), f"[D, {channels}, k, k] with k odd")
-    check_shape(OP, "weight", weight, (outputs, channels, size, size), meaning="D, sum C_j, k, k")
-    for name, option in options.items():
-        if option is not None:
-            length, meaning = (outputs, "D") if name == "bias" else (channels, "sum C_j")
-            check_shape(OP, name, option, (length,), meaning=meaning)
 
 
 def _kernel(config: Config, way: str) -> Callable:

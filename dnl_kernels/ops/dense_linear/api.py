@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._autograd import autocast_affine, autocasts, differentiable, outside_autocast
-from ..._checks import check_activation, check_number, check_shape, check_states, check_tensors, fail, shape
+from ..._autograd import autocast_affine, differentiable, outside_autocast
+from ..._checks import check_affine, check_states, check_vectors, fail, shape
 from . import cpu, reference
 
 OP = "dense_linear"
@@ -35,7 +36,8 @@ def dense_linear(
 ) -> Tensor:
     """y = scale * sum_j act(norm_scale_j * x_j + norm_shift_j) W_j^T + bias, linear in J states.
 
-    Nothing is concatenated, and only the states themselves are kept for backward.
+    Nothing is concatenated, and only the states themselves are kept for backward, unless all of them are a few thousand
+    numbers, for which a copy is cheaper.
 
     Args:
         states: J >= 1 tensors [..., C_j] of one dtype and device, alike in all but the last dimension; any strides.
@@ -56,47 +58,35 @@ def dense_linear(
 
     Source: DNL Def. 1 (the affine map of several states), DNL (1) with K_{l,j} a matrix that acts on each token.
     """
-    options = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
-    check_tensors(OP, weight=weight, **options)
-    if autocasts(weight.device.type):
-        states = check_states(OP, states, mixed=True)
-        dtype, tensors = autocast_affine(states, weight, bias, norm_scale, norm_shift, activation)
+    if torch._C._is_any_autocast_enabled() and (narrowed := autocast_affine(
+        OP, states, weight, bias, norm_scale, norm_shift, activation
+    )):  # fmt: skip
         with outside_autocast(weight):
-            weight, bias, norm_scale, norm_shift, *states = tensors
+            states, weight, bias, norm_scale, norm_shift, dtype = narrowed
             return dense_linear(
                 states, weight, bias, norm_scale=norm_scale, norm_shift=norm_shift, activation=activation, scale=scale,
                 backend=backend,
             ).to(dtype)  # fmt: skip
     states = check_states(OP, states)
-    first = states[0]
-    check_tensors(OP, first, "states[0]", weight=weight, **options)
-    check_activation(OP, "activation", activation)
-    check_number(OP, "scale", scale)
-    channels = _check_shapes(states)
-    check_shape(OP, "weight", weight, (weight.shape[0] if weight.dim() else 0, channels), meaning="D, sum C_j")
-    for name, tensor in options.items():
-        if tensor is not None:
-            size, meaning = (weight.shape[0], "D") if name == "bias" else (channels, "sum C_j")
-            check_shape(OP, name, tensor, (size,), meaning=meaning)
-    chosen = _backend.select(OP, backend, first)
-    if chosen == "reference":
-        return reference.dense_linear(states, weight, bias, norm_scale, norm_shift, activation, scale)
-    function = _function_cpu if chosen == "cpu" else _function
-    return function(Config(activation, float(scale), chosen), weight, bias, norm_scale, norm_shift, *states)
-
-
-def _check_shapes(states: Sequence[Tensor]) -> int:
-    """The channels of all states together."""
     first, channels = states[0], 0
-    if first.dim() == 0:
-        fail(OP, "states[0]", shape(first), "[..., C_0]")
+    check_affine(OP, first, weight, bias, norm_scale, norm_shift, activation, scale)
     rows = first.shape[:-1]
     for j, state in enumerate(states):
         size = state.shape
-        if size[:-1] != rows or not size:
-            fail(OP, f"states[{j}]", shape(state), f"{[*rows, 'C_j']}, as states[0]")
+        if not size or size[:-1] != rows:
+            fail(OP, f"states[{j}]", shape(state), f"{[*rows, 'C_j'] if size else '[..., C_0]'}, as states[0]")
         channels += size[-1]
-    return channels
+    size = weight.shape
+    if len(size) != 2 or size[1] != channels:
+        fail(OP, "weight", shape(weight), f"[{size[0] if size else 'D'}, {channels}] (D, sum C_j)")
+    check_vectors(OP, size[0], channels, bias, norm_scale, norm_shift)
+    chosen = _backend.select(OP, backend, first)
+    if chosen == "reference":
+        return reference.dense_linear(states, weight, bias, norm_scale, norm_shift, activation, scale)
+    if chosen == "cpu" and backend is None and _backend.few(first.numel() * len(states) + weight.numel(), first):
+        return cpu.of_few(states, weight, bias, norm_scale, norm_shift, activation, scale)
+    function = _function_cpu if chosen == "cpu" else _function
+    return function(Config(activation, float(scale), chosen), weight, bias, norm_scale, norm_shift, *states)
 
 
 def _forward(config, tensors):

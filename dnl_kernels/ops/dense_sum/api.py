@@ -48,24 +48,24 @@ def dense_sum(states: Sequence[Tensor], weight: Tensor, *, channel_dim: int = -1
 
     Source: DNL Def. 1 with scalar or diagonal K; DenseFormer's depth-weighted average is the scalar case.
     """
-    check_tensor(OP, "weight", weight)
-    if autocasts(weight.device.type):
+    if torch._C._is_any_autocast_enabled() and autocasts(check_tensor(OP, "weight", weight).device.type):
         states, weight = _promoted(check_states(OP, states, mixed=True), weight)
-    else:
-        states = check_states(OP, states)
+    states = check_states(OP, states)
     first = states[0]
     check_tensor(OP, "weight", weight, first, "states[0]")
     size = first.shape
     for j, state in enumerate(states):
         if state.shape != size:
             fail(OP, f"states[{j}]", shape(state), f"{list(size)}, as states[0]")
-    if weight.dim() == 2:
+    numbers = weight.shape
+    if len(numbers) == 2:
         if not -first.dim() <= channel_dim < first.dim():
             fail(OP, "channel_dim", channel_dim, f"a dimension of states[0] {shape(first)}")
         channel_dim %= first.dim()
         check_shape(OP, "weight", weight, (len(states), size[channel_dim]), meaning="J, C")
     else:
-        check_shape(OP, "weight", weight, (len(states),), meaning="J")
+        if len(numbers) != 1 or numbers[0] != len(states):
+            check_shape(OP, "weight", weight, (len(states),), meaning="J")
         channel_dim = 0
     chosen = _backend.select(OP, backend, first, count=len(states))
     if chosen == "reference":

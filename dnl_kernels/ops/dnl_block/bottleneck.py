@@ -201,9 +201,13 @@ class _Run(Prefix):
         self.ops.norm_activation_fwd(y, norm.scale, norm.shift, self.config.activation, z)
         return z.view(self.batch, self.wide, *self.spatial)
 
+    def filters(self, layer: int) -> Tensor:
+        """Of the 3x3 convolution, contiguous: by channels-last ones torch's results would be channels-last too."""
+        return self.layers[layer].inner_weight.to(self.states.dtype).contiguous()
+
     def convolve(self, layer: int, norm: Norm) -> Tensor:
         """The 3x3 convolution of act(norm(y)): by dense_conv2d, which activates on the way, where maps are large."""
-        weight, y = self.layers[layer].inner_weight.to(self.states.dtype), self.planes(self.output(layer))
+        weight, y = self.filters(layer), self.planes(self.output(layer))
         if not self.single or len(self.spatial) != 2:
             convolution = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}[len(self.spatial)]
             return _as_images(convolution(self.activated(layer, norm), weight, padding=1))
@@ -212,7 +216,7 @@ class _Run(Prefix):
     def convolve_back(self, layer: int, norm: Norm, dout: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dy through that convolution and the scale of the norm, as a matrix (in `dy`, or another one); the filters'
         gradient; sum g and sum g * (y - mean), g the gradient of the norm's result."""
-        weight, y = self.layers[layer].inner_weight.to(self.states.dtype), self.planes(self.output(layer))
+        weight, y = self.filters(layer), self.planes(self.output(layer))
         activation = self.config.activation
         if self.single and len(self.spatial) == 2:
             (found,), dweight, _, moment, plain = self.ops.dense_conv2d_bwd(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ... import _backend
-from ..._autograd import autocast, autocasts, differentiable
+from ..._autograd import autocast, autocasts, differentiable, recorded, transformed
 from ..._checks import (
     KERNELS,
     check_choice,
@@ -14,7 +15,6 @@ from ..._checks import (
     check_positive,
     check_shape,
     check_tensor,
-    check_tensors,
     fail,
     shape,
 )
@@ -84,19 +84,28 @@ def nonlocal_attention(
 
     Source: DNL section 2, the non-local operator; Wang et al. 2018, eq. (1).
     """
-    check_choice(OP, "kernel", kernel, KERNELS)
-    check_choice(OP, "layout", layout, LAYOUTS)
-    _backend.check_backend(OP, backend)
-    check_tensors(OP, query=query, key=key, value=value)
-    if autocasts(query.device.type):
-        query, key, value = autocast(query, key, value)  # type: ignore[assignment]
+    if kernel not in KERNELS or layout not in LAYOUTS:
+        check_choice(OP, "kernel", kernel, KERNELS)
+        check_choice(OP, "layout", layout, LAYOUTS)
+    check_tensor(OP, "query", query)
+    if torch._C._is_any_autocast_enabled() and autocasts(query.device.type):
+        query, key, value = autocast(query, check_tensor(OP, "key", key), check_tensor(OP, "value", value))  # type: ignore[assignment]
+    check_tensor(OP, "key", key, query, "query")
+    check_tensor(OP, "value", value, query, "query")
     channels_first = layout == "channels_first"
-    heads, queries, width = _check_shapes(query, key, value, kernel, channels_first)
-    _check_mask(key_mask, key, channels_first)
-    width_scale = _check_scale(scale, kernel, width)
-    bandwidth = _check_bandwidth(bandwidth, kernel, query, heads)
+    heads, width = _check_shapes(query, key, value, kernel, channels_first)
+    if key_mask is not None:
+        _check_mask(key_mask, key, channels_first)
+    width_scale = width**-0.5 if scale is None else _check_scale(scale, kernel)
+    if bandwidth is not None or kernel == "gaussian":
+        bandwidth = _check_bandwidth(bandwidth, kernel, query, heads)
     value_width = value.shape[2 if channels_first else 3]
     chosen = _backend.select(OP, backend, query, width=width, value_width=value_width)
+    if (
+        backend is None and kernel == "softmax" and chosen == "cpu" and normalize and not causal and key_mask is None
+        and not channels_first and _is_of_torch(query, key, value)
+    ):  # fmt: skip
+        return F.scaled_dot_product_attention(query, key, value, scale=width_scale)
     config = Config(kernel, width_scale, bool(normalize), bool(causal), channels_first, chosen)
     if kernel == "local":
         return _local(value, key_mask, channels_first)
@@ -109,27 +118,34 @@ def nonlocal_attention(
     return _function(config, query, key, value, bandwidth, key_mask)
 
 
-def _check_shapes(query, key, value, kernel, channels_first) -> tuple[int, int, int]:
-    check_tensors(OP, query, "query", key=key, value=value)
+def _is_of_torch(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the call of PyTorch's own attention is the shorter one. Without derivatives: it has no second ones."""
+    keys = key.numel()
+    if not _backend.few(query.numel() + 2 * keys, query) or keys == 0:
+        return False
+    return not recorded((query, key, value)) and not transformed()
+
+
+def _check_shapes(query, key, value, kernel, channels_first) -> tuple[int, int]:
+    """The number of heads, and D."""
     position, feature = (3, 2) if channels_first else (2, 3)
-    sizes = query.shape, key.shape, value.shape
+    q, k, v = query.shape, key.shape, value.shape
+    if len(q) == len(k) == len(v) == 4 and q[:2] == k[:2] == v[:2] and 0 < q[feature] == k[feature]:
+        if k[position] == v[position] and (kernel != "local" or q[position] == k[position]):
+            return q[1], q[feature]
     names = ("B, h, D, N", "B, h, D, M", "B, h, E, M") if channels_first else ("B, h, N, D", "B, h, M, D", "B, h, M, E")
-    for name, size, t, meaning in zip(("query", "key", "value"), sizes, (query, key, value), names, strict=True):
-        if len(size) != 4:
+    for name, t, meaning in zip(("query", "key", "value"), (query, key, value), names, strict=True):
+        if t.dim() != 4:
             fail(OP, name, shape(t), f"4 dimensions ({meaning})")
-    B, h, D, N, M, E = *sizes[0][:2], sizes[0][feature], sizes[0][position], sizes[1][position], sizes[2][feature]
+    B, h, D, N, M, E = *q[:2], q[feature], q[position], k[position], v[feature]
     if D == 0:
         fail(OP, "query", shape(query), "a width D of at least 1")
     check_shape(OP, "key", key, (B, h, D, M) if channels_first else (B, h, M, D), meaning=names[1])
     check_shape(OP, "value", value, (B, h, E, M) if channels_first else (B, h, M, E), meaning=names[2])
-    if kernel == "local" and N != M:
-        fail(OP, "key", shape(key), f"as many positions as query, {N}, for kernel='local'")
-    return h, N, D
+    fail(OP, "key", shape(key), f"as many positions as query, {N}, for kernel='local'")
 
 
 def _check_mask(key_mask, key, channels_first) -> None:
-    if key_mask is None:
-        return
     if not isinstance(key_mask, Tensor):
         raise TypeError(f"{OP}: key_mask is of type {type(key_mask).__name__}; expected a bool tensor or None")
     if key_mask.dtype != torch.bool:
@@ -139,9 +155,7 @@ def _check_mask(key_mask, key, channels_first) -> None:
     check_shape(OP, "key_mask", key_mask, (key.shape[0], key.shape[3 if channels_first else 2]), meaning="B, M")
 
 
-def _check_scale(scale, kernel, width) -> float:
-    if scale is None:
-        return width**-0.5
+def _check_scale(scale, kernel) -> float:
     check_number(OP, "scale", scale)
     if kernel != "softmax":
         fail(OP, "scale", scale, f"None for kernel='{kernel}'")
