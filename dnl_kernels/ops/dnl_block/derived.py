@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -19,10 +18,10 @@ class _Entry(NamedTuple):
 class DerivedCache:
     """make()'s results by the tensors that they were made from.
 
-    One is used again for the very same tensor objects, with the memory that they had and the version that autograd counts:
-    every operation in place, load_state_dict and an assignment to `.data` makes a new one. Writing through `.data` (as in
-    `p.data.mul_(2)`) is counted by nobody; `clear` is for those who do. Tensors made in inference mode have no version:
-    nothing is kept for them. An entry lives as long as all of its tensors.
+    One is used again for the very same tensor objects, with the memory that they had and the version that autograd
+    counts: every operation in place, load_state_dict and an assignment to `.data` makes a new one. Writing through
+    `.data` (as in `p.data.mul_(2)`) is counted by nobody; `clear` is for those who do. Tensors made in inference mode
+    have no version: nothing is kept for them. An entry lives as long as all of its tensors.
     """
 
     def __init__(self) -> None:
