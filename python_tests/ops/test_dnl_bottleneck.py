@@ -7,10 +7,10 @@ import gc
 import pytest
 import torch
 
+from dnl_kernels._derived import DerivedCache
 from dnl_kernels.nn import DNLBlock
 from dnl_kernels.ops.dnl_block import bottleneck, reference
 from dnl_kernels.ops.dnl_block.config import BlockConfig, LayerParameters
-from dnl_kernels.ops.dnl_block.derived import DerivedCache
 from dnl_kernels.testing import assert_within_budget, relative_error
 
 WINDOW = ((True,), (True, True), (False, True, True))

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ... import _backend
 from ..._autograd import differentiable
+from ..._derived import DerivedCache
 from . import reference
 from .config import BlockConfig, LayerParameters, Statistics
-from .derived import DerivedCache
 from .prefix import Corrections, Norm, Prefix, flattened, keeps, triangle_of, wide_dtype
 
 NAMES = (
