@@ -46,15 +46,14 @@ def test_transition_on_every_instruction_set(isa, shape, pool):
 
 @pytest.mark.parametrize("width", range(1, 50))
 def test_max_pool_of_every_width_on_every_instruction_set(isa, width):
-    rounding = 2e-7  # of scale * x + shift, which a maximum of few numbers may escape
     for height in (1, 2, 7):
         for dtype in (torch.float32, torch.float64):
-            _, _, norm = arguments(3, 1, dtype)
-            x = torch.randn(2, 3, height, width).to(dtype)
+            _, _, norm = arguments(20, 1, dtype)  # many numbers: the largest is then one that nothing cancels in
+            x = torch.randn(5, 20, height, width).to(dtype)
             found = cpu.norm_activation_max_pool(x, norm, "relu", 1e-5)
             eager = reference.norm_activation_max_pool(x, norm, "relu", 1e-5)
             exact = reference.norm_activation_max_pool(x.double(), [wide(t) for t in norm], "relu", 1e-5)
-            assert_within_budget("maxima", found, exact, eager, floor=rounding if dtype == torch.float32 else 0.0)
+            assert_within_budget("maxima", found, exact, eager)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
