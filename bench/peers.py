@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +23,46 @@ def peer(package: str, make: Callable[[], Way]) -> Way | str:
         return make()
     except ImportError as error:  # a package of its own that it lacks
         return f"{package} does not import: {error}"
+
+
+@functools.cache
+def _onnx(model: nn.Module, shape: tuple[int, ...]) -> bytes:
+    """The model in evaluation, for inputs of one shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = folder + "/model.onnx"
+        torch.onnx.export(model, (torch.zeros(shape),), path, dynamo=True, external_data=False, verbose=False)
+        with open(path, "rb") as file:
+            return file.read()
+
+
+def onnx_runtime(model: nn.Module, x: Tensor) -> Way:
+    """`model(x)` by ONNX Runtime, on as many threads as torch has."""
+    import onnx  # noqa: F401  (what the export needs)
+    import onnxruntime
+    import onnxscript  # noqa: F401
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    session = onnxruntime.InferenceSession(_onnx(model, tuple(x.shape)), options, providers=["CPUExecutionProvider"])
+    name, given = session.get_inputs()[0].name, x.numpy()
+    return Way(lambda: torch.from_numpy(session.run(None, {name: given})[0]), [x])
+
+
+def openvino(model: nn.Module, x: Tensor) -> Way:
+    """`model(x)` by OpenVINO in float32, on as many threads as torch has."""
+    import onnx  # noqa: F401
+    import onnxscript  # noqa: F401
+    from openvino import Core
+
+    core = Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    request = core.compile_model(core.read_model(_onnx(model, tuple(x.shape))), "CPU", settings).create_infer_request()
+    given = x.numpy()
+    return Way(lambda: torch.from_numpy(request.infer({0: given})[0].copy()), [x])
 
 
 def sdpa_gaussian(q: Tensor, k: Tensor, v: Tensor, bandwidth: float) -> Tensor:

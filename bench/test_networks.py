@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from bench.comparison import DEVICE, SMOKE, Case, Way, of_module
+from bench.comparison import DEVICE, SMOKE, Case, Way, compiled, of_module
 from bench.peers import (
     PlainAttentionBlock,
     PlainDenseBlock,
     PlainNormActivation,
     PlainTransition,
     hyper_connections,
+    onnx_runtime,
+    openvino,
     peer,
 )
 from dnl_kernels.nn import DenseSum, DNLBlock, DNLNet, convert_densenet
@@ -102,6 +104,66 @@ def test_densenet121(record):
     }
     exact = loss_way(copy.deepcopy(model).double(), x.double())
     record(Case("network", f"densenet121-B{batch}-{size}", ways, exact, bars={"torchvision": 1.0}), SECONDS)
+
+
+def settled(model: nn.Module, size: int) -> nn.Module:
+    """The model in evaluation, its running statistics those of some images."""
+    model.to(DEVICE).train()
+    with torch.no_grad():
+        for _ in range(1 if SMOKE else 20):
+            model(torch.randn(4, 3, size, size, device=DEVICE))
+    return model.eval()
+
+
+def evaluation_case(name: str, model: nn.Module, x: torch.Tensor, bars: dict[str, float]) -> Case:
+    """A torchvision DenseNet without gradients: ours, eager, torch.compile and the runtimes."""
+    eager = of_module(model, x, train=False)._replace(leaves=[x])
+    ours = of_module(convert_densenet(copy.deepcopy(model)), x, train=False)._replace(leaves=[x])
+    ways = {"ours": ours, "eager": eager, "compile": compiled(eager, torch.compile(model, dynamic=False))}
+    if DEVICE == "cpu":
+        ways |= {
+            "onnxruntime": peer("onnxruntime", lambda: onnx_runtime(model, x)),
+            "openvino": peer("openvino", lambda: openvino(model, x)),
+        }
+    exact_x = x.double()
+    exact = of_module(copy.deepcopy(model).double(), exact_x, train=False)._replace(leaves=[exact_x])
+    return Case("network", name, ways, exact, train=False, bars=bars)
+
+
+BARS = {"eager": 1.9, "compile": 1.3, "onnxruntime": 1.1, "openvino": 1.1}
+LARGE_BARS = {"eager": 1.6, "onnxruntime": 1.0, "openvino": 1.0}
+EVALUATED = [
+    ("densenet121", 1, BARS), ("densenet121", 8, BARS | {"compile": 1.5}),
+    *((name, batch, LARGE_BARS) for name in ("densenet161", "densenet169", "densenet201") for batch in (1, 4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, batch, bars", EVALUATED, ids=lambda v: str(v) if not isinstance(v, dict) else "")
+def test_densenet_in_evaluation(record, name, batch, bars):
+    import torchvision
+
+    size = 64 if SMOKE else 224
+    model = settled(getattr(torchvision.models, name)(num_classes=10), 64 if SMOKE else 96)
+    x = torch.randn(batch, 3, size, size, device=DEVICE)
+    record(evaluation_case(f"{name}-eval-B{batch}-{size}", model, x, bars), SECONDS)
+
+
+def densenet_bc(growth: int = 12, layers: int = 16) -> nn.Module:
+    """DenseNet-BC for CIFAR (100 layers for 16 in a block), with torchvision's blocks and its own stem."""
+    import torchvision
+
+    model = torchvision.models.DenseNet(growth, (layers,) * 3, 2 * growth, num_classes=10)
+    model.features.conv0 = nn.Conv2d(3, 2 * growth, 3, padding=1, bias=False)
+    model.features.pool0 = nn.Identity()
+    return model
+
+
+def test_densenet_bc_in_evaluation(record):
+    batch, size = (2, 16) if SMOKE else (64, 32)
+    model = settled(densenet_bc(), size)
+    x = torch.randn(batch, 3, size, size, device=DEVICE)
+    case = evaluation_case(f"densenet-bc-100-eval-B{batch}-{size}", model, x, {"eager": 2.0, "compile": 1.5})
+    record(case, SECONDS)
 
 
 def test_dense_attention(record):

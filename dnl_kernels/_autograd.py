@@ -99,8 +99,8 @@ def recorded(tensors: Tensors) -> bool:
 
 
 def recomputes() -> bool:
-    """Whether a backward pass is running on this thread, as it is where activation checkpointing computes a forward pass
-    again: running statistics have been updated for it before."""
+    """Whether a backward pass is running on this thread, as it is where activation checkpointing computes a forward
+    pass again: running statistics have been updated for it before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

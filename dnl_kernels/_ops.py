@@ -357,8 +357,8 @@ SCHEMAS: dict[str, Schema] = {
         _dnl_bottleneck_bwd,
         _BOTTLENECK,
     ),
-    # CPU, in evaluation: the weights as the kernels read them, normalisations folded in, and the block with them.
-    # Never seen by autograd or torch.compile.
+    # CPU, in evaluation: the layers' weights as the kernels read them, normalisations folded in, and the block with
+    # them. Never seen by autograd or torch.compile.
     "dnl_bottleneck_pack": Schema(
         "(Tensor?[] tensors, int[] connectivity, int in_channels, int growth_rate, int bottleneck, bool norm,"
         " float tau, float eps) -> Tensor",
@@ -378,6 +378,24 @@ SCHEMAS: dict[str, Schema] = {
         f" {_NONLOCAL_TAIL.format('')} -> (Tensor, Tensor[])",
         _dnl_nonlocal_block_bwd,
         _NONLOCAL,
+    ),
+    # CPU, in evaluation: a transition, and the pooling behind a stem; never seen by autograd or torch.compile.
+    "transition_pack": Schema(
+        "(Tensor weight, Tensor? bias, Tensor?[] norm, float eps) -> Tensor",
+        lambda weight, *_: weight.new_empty(
+            2 * (-(-weight.shape[1] // 16) * 16) + (-(-weight.shape[0] // 16) * 16) * (weight.shape[1] + 1),
+            dtype=_accumulation_dtype(weight),
+        ),
+    ),
+    "transition_eval": Schema(
+        "(Tensor x, Tensor packed, int outputs, str activation, bool pool) -> Tensor",
+        lambda x, packed, outputs, activation, pool: x.new_empty(
+            (x.shape[0], outputs, *(n // 2 if pool else n for n in x.shape[2:]))
+        ),
+    ),
+    "norm_activation_max_pool": Schema(
+        "(Tensor x, Tensor scale, Tensor shift, str activation) -> Tensor",
+        lambda x, *_: x.new_empty((*x.shape[:2], *((n + 1) // 2 for n in x.shape[2:]))),
     ),
     # CPU: the passes over memory of act(norm(x)); never seen by autograd or torch.compile.
     "norm_activation_moments": Schema(

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "common/conv_host.h"
+#include "common/folded.h"
 #include "common/phases.h"
 #include "dnl_bottleneck/params.h"
 
@@ -68,31 +69,6 @@ struct Block {
 };
 
 using Tensors = std::vector<std::optional<Tensor>>;
-
-// Vectors of a layer, in double, absent ones filled.
-std::vector<double> vector_of(const std::optional<Tensor>& t, int64_t size, double fill) {
-  if (!t.has_value()) return std::vector<double>(size, fill);
-  DNL_CHECK(t->numel() == size, "dnl_bottleneck: a vector of the wrong size");
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Double));
-  const double* data = static_cast<const double*>(wide.data_ptr());
-  return std::vector<double>(data, data + size);
-}
-
-// act(scale * x + shift) of an evaluated normalisation
-struct Folded {
-  std::vector<double> scale, shift;
-
-  Folded(bool norm, double eps, int64_t size, const std::optional<Tensor>* tensors) {
-    scale = vector_of(norm ? tensors[0] : std::nullopt, size, 1);
-    shift = vector_of(norm ? tensors[1] : std::nullopt, size, 0);
-    if (!norm || !tensors[2].has_value()) return;
-    const std::vector<double> mean = vector_of(tensors[2], size, 0), var = vector_of(tensors[3], size, 1);
-    for (int64_t c = 0; c < size; c++) {
-      scale[c] /= std::sqrt(var[c] + eps);
-      shift[c] -= mean[c] * scale[c];
-    }
-  }
-};
 
 // U = G g G^T of a 3 x 3 filter, G of F(2, 3)
 template <class T>
@@ -172,12 +148,6 @@ Tensor dnl_bottleneck_pack(const Tensors& tensors, const std::vector<int64_t>& c
     });
   });
   return packed;
-}
-
-// How many of `least` pieces or more each thread gets the same number of; `count` numbers are to be shared out.
-int64_t pieces_of(int64_t count, int64_t largest, int64_t smallest, int64_t threads) {
-  const int64_t least = (count + largest - 1) / largest, most = std::max<int64_t>(1, count / smallest);
-  return least >= 8 * threads ? least : std::max(least, std::min(most, round_up(least, threads)));
 }
 
 constexpr int64_t kMapsBytes = 2 << 20;  // of z: images that are computed together stay in the second cache

@@ -1,44 +1,12 @@
 // Loops of params.h.
-#include "common/activation.h"
-#include "common/product.h"
+#include "common/panel.h"
 #include "common/vec.h"
 #include "dnl_bottleneck/params.h"
 
 namespace dnl::DNL_ISA {
 namespace {
 
-static_assert(kBottleneckBlock == kOutputBlock);
-
-// Consecutive pixels of one image: where they lie in a channel of the states, and in a row of the panel.
-struct Run {
-  int64_t from;
-  int to, count;
-};
-
-// panel[c][p] = act(scale_c * x_c[p] + shift_c) for the channels of a span, rows kBottleneckPanel apart. A store may run
-// into the next run or row, which is written later.
-template <class T, ActivationKind A>
-DNL_INLINE void load_panel(const T* x, int64_t channel_stride, int64_t channels, const T* scale, const T* shift,
-                           const Run* runs, int run_count, T leak, T* panel) {
-  constexpr int lanes = kLanes<T>;
-  for (int64_t c = 0; c < channels; c++, x += channel_stride, panel += kBottleneckPanel) {
-    const Vec<T> s = broadcast(scale[c]), h = broadcast(shift[c]);
-    for (int r = 0; r < run_count; r++) {
-      const T* from = x + runs[r].from;
-      T* to = panel + runs[r].to;
-      Vec<T> value, slope;
-      int i = 0;
-      for (; i + lanes <= runs[r].count; i += lanes) {
-        activate<T, A>(load(from + i) * s + h, leak, value, slope);
-        store(to + i, value);
-      }
-      if (i < runs[r].count) {
-        activate<T, A>(load_partial(from + i, runs[r].count - i) * s + h, leak, value, slope);
-        store(to + i, value);
-      }
-    }
-  }
-}
+static_assert(kBottleneckBlock == kOutputBlock && kBottleneckPanel == kPanelPixels && kBottleneckDepth == kPanelDepth);
 
 // Winograd's F(2, 3) along one axis: B^T d and A^T m; G is applied when filters are packed.
 template <class V>
@@ -96,29 +64,6 @@ DNL_INLINE void output_tile(const T* products, int64_t point_stride, int64_t gro
       store(pixels + y * row + growth + o, right);
     }
   }
-}
-
-// to_o[x] = pixels[x][o] for x < width, o < outputs
-template <class T>
-DNL_INLINE void store_channels_first(const T* pixels, int64_t growth, int64_t width, int64_t outputs, T* to,
-                                     int64_t channel_stride) {
-  constexpr int64_t lanes = kLanes<T>;
-  for (int64_t x = 0; x < width; x += lanes)
-    for (int64_t o = 0; o < outputs; o += lanes) {
-      Vec<T> rows[lanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; i++) rows[i] = load(pixels + (x + i) * growth + o);
-      transpose<T>(rows);
-      T* out = to + o * channel_stride + x;
-      if (x + lanes <= width && o + lanes <= outputs) {
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; i++) store(out + i * channel_stride, rows[i]);
-        continue;
-      }
-      const int left = int(width - x < lanes ? width - x : lanes);
-      const int64_t rest = outputs - o < lanes ? outputs - o : lanes;
-      for (int64_t i = 0; i < rest; i++) store_partial(out + i * channel_stride, rows[i], left);
-    }
 }
 
 constexpr int64_t kMostBlocks = 12, kStreams = kBottleneckPanel / 8 + 1 + 2 * kMostBlocks;

@@ -19,8 +19,6 @@ constexpr int64_t kBottleneckDepth = 96;   // channels of a panel at a time: wit
 constexpr int64_t kBottleneckTiles = 28;   // tiles of a task of contract at most
 constexpr int64_t kWinogradPoints = 16;    // products of a tile: 4 x 4
 
-constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Images [0, batch) that are computed together. All counts in elements.
 struct BottleneckMaps {
   int64_t batch, height, width;

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from .._activations import activate
 from .._checks import fail
+from .._kept import Kept
 from ..ops.norm_activation import cpu as norm_activation
+from ..ops.transition import cpu as evaluated
 from . import running_statistics
 from .block import DNLBlock
 
@@ -61,9 +63,34 @@ class Transition(nn.Module):
         self.norm = NormActivation(in_channels, norm, activation)
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=norm is None)
         self.pool = pool
+        self._kept = Kept()
 
     def forward(self, x: Tensor) -> Tensor:
+        if (fused := self._evaluated(x)) is not None:
+            return fused
         return self.conv(self.norm(x, self.pool))
+
+    def _evaluated(self, x: Tensor) -> Tensor | None:
+        """In evaluation, without gradients: one pass over x."""
+        norm, conv = self.norm.norm, self.conv
+        if (
+            type(norm) is not nn.BatchNorm2d
+            or norm.training
+            or norm.running_mean is None
+            or type(conv) is not nn.Conv2d
+        ):
+            return None
+        if self.pool != "floor" and (x.shape[-2] % 2 or x.shape[-1] % 2):
+            return None
+        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        hooked = (conv, norm, self.norm)
+        if any(m._forward_hooks or m._forward_pre_hooks for m in hooked) or min(x.shape[-2:]) < 2:
+            return None  # a hook sees what the convolution reads
+        if evaluated.limit(x, (conv.weight, conv.bias, *tensors)):
+            return None
+        return evaluated.transition(
+            x, conv.weight, conv.bias, tensors, self.norm.activation, True, norm.eps, self._kept
+        )
 
 
 class DNLNet(nn.Module):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from .._autograd import recorded
 from .._backend import decomposes
+from .._kept import PLAIN, Kept
 from ..ops.dnl_block import api
 from ..ops.dnl_block.config import BlockConfig, LayerParameters, Statistics
-from ..ops.dnl_block.kept import PLAIN, Kept
 from ..ops.dnl_block.statistics import gather
 from . import layers as dense_layers
 from . import running_statistics

@@ -137,7 +137,7 @@ def _check_shapes(query, key, value, kernel, channels_first) -> tuple[int, int]:
     for name, t, meaning in zip(("query", "key", "value"), (query, key, value), names, strict=True):
         if t.dim() != 4:
             fail(OP, name, shape(t), f"4 dimensions ({meaning})")
-    B, h, D, N, M, E = *q[:2], q[feature], q[position], k[position], v[feature]
+    (B, h), D, N, M, E = q[:2], q[feature], q[position], k[position], v[feature]
     if D == 0:
         fail(OP, "query", shape(query), "a width D of at least 1")
     check_shape(OP, "key", key, (B, h, D, M) if channels_first else (B, h, M, D), meaning=names[1])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ... import _extension
+from . import _extension
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -29,25 +29,32 @@ class Kept:
     counts what is written through `.data` (`p.data.mul_(2)`), so that a digest of the contents is compared too: all of
     a small tensor, eight bytes of every 256 of a large one. A change of single numbers through `.data` between two
     evaluations is not seen; `clear` is for who does that. Tensors of inference mode, which have no version, and those
-    on other devices than the CPU are not kept.
+    on other devices than the CPU are not kept. A copy of it has nothing yet.
     """
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
 
-    def get(self, tensors: Sequence[Tensor], also: Hashable, make: Callable[[], Any]) -> Any:
+    def get(self, tensors: Sequence[Tensor | None], also: Hashable, make: Callable[[], Any]) -> Any:
         """make(), or what it returned last time for the same tensors and an equal `also`."""
+        given = [t for t in tensors if t is not None]
         entry = self._entry
-        if entry is not None and len(entry.tensors) == len(tensors) and entry.also == also:
-            if all(map(operator.is_, entry.tensors, tensors)) and entry.layout == (layout := _layout(tensors)):
+        if entry is not None and len(entry.tensors) == len(given) and entry.also == also:
+            if all(map(operator.is_, entry.tensors, given)) and entry.layout == (layout := _layout(given)):
                 if entry.digest == _digest(layout):
                     return entry.made
         made = make()
         self._entry = None
-        if all(map(_can_be_kept, tensors)):
-            layout = _layout(tensors)
-            self._entry = _Entry(tensors, layout, also, _digest(layout), made)
+        if all(map(_can_be_kept, given)):
+            layout = _layout(given)
+            self._entry = _Entry(given, layout, also, _digest(layout), made)
         return made
+
+    def __deepcopy__(self, _: Any) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> Any:
+        return Kept, ()
 
     def clear(self) -> None:
         """Forgets the result."""

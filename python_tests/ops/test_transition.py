@@ -1,0 +1,148 @@
+"""The evaluated transition and the pooling behind a stem, csrc/transition, against PyTorch in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from dnl_kernels._activations import ACTIVATIONS
+from dnl_kernels.nn.network import Transition
+from dnl_kernels.ops.transition import cpu, reference
+from dnl_kernels.testing import assert_within_budget, relative_error
+
+SHAPES = [
+    (2, 5, 3, 7, 9),
+    (1, 100, 50, 14, 14),
+    (3, 97, 17, 2, 2),
+    (2, 30, 40, 5, 49),
+    (1, 200, 64, 28, 30),
+    (2, 1, 1, 2, 3),
+]
+
+
+def arguments(channels, outputs, dtype, bias=True):
+    norm = [torch.randn(channels), torch.randn(channels), torch.randn(channels), torch.rand(channels) + 0.5]
+    weight = torch.randn(outputs, channels, 1, 1) * channels**-0.5
+    return weight.to(dtype), torch.randn(outputs).to(dtype) if bias else None, [t.to(dtype) for t in norm]
+
+
+def wide(t):
+    return t if t is None else t.double()
+
+
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_transition_on_every_instruction_set(isa, shape, pool):
+    batch, channels, outputs, height, width = shape
+    for activation in ACTIVATIONS:
+        for dtype in (torch.float32, torch.float64):
+            weight, bias, norm = arguments(channels, outputs, dtype, bias=activation != "relu")
+            x = torch.randn(batch, channels, height, width).to(dtype)
+            found = cpu.transition(x, weight, bias, norm, activation, pool, 1e-5)
+            eager = reference.transition(x, weight, bias, norm, activation, pool, 1e-5)
+            given = (wide(weight), wide(bias), [wide(t) for t in norm])
+            exact = reference.transition(x.double(), *given, activation, pool, 1e-5)
+            assert_within_budget(activation, found, exact, eager)
+
+
+@pytest.mark.parametrize("width", range(1, 50))
+def test_max_pool_of_every_width_on_every_instruction_set(isa, width):
+    for height in (1, 2, 7):
+        for dtype in (torch.float32, torch.float64):
+            _, _, norm = arguments(20, 1, dtype)  # many numbers: the largest is then one that nothing cancels in
+            x = torch.randn(5, 20, height, width).to(dtype)
+            found = cpu.norm_activation_max_pool(x, norm, "relu", 1e-5)
+            eager = reference.norm_activation_max_pool(x, norm, "relu", 1e-5)
+            exact = reference.norm_activation_max_pool(x.double(), [wide(t) for t in norm], "relu", 1e-5)
+            assert_within_budget("maxima", found, exact, eager)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_max_pool_keeps_what_is_not_finite(isa, activation):
+    norm = [None, None, torch.zeros(2), torch.ones(2)]
+    x = -torch.rand(1, 2, 9, 40) - 1
+    x[0, 0, 4, 20] = torch.nan
+    x[0, 1, 0, 39] = 1e30 if activation == "gelu" else torch.inf  # the kernels' gelu of an infinity is NaN
+    found = cpu.norm_activation_max_pool(x, norm, activation, 0.0)
+    exact = reference.norm_activation_max_pool(x.double(), [wide(t) for t in norm], activation, 0.0)
+    assert exact.isnan().any() and relative_error(found, exact) < 1e-6
+
+
+def test_strided_and_empty_inputs():
+    weight, bias, norm = arguments(4, 3, torch.float32)
+    x = torch.randn(2, 8, 6, 10)[:, ::2].transpose(2, 3)
+    given = (weight, bias, norm, "relu", True, 1e-5)
+    torch.testing.assert_close(cpu.transition(x, *given), reference.transition(x, *given))
+    torch.testing.assert_close(
+        cpu.norm_activation_max_pool(x, norm, "silu", 1e-5), reference.norm_activation_max_pool(x, norm, "silu", 1e-5)
+    )
+    assert cpu.transition(x[:0], *given).shape == (0, 3, 5, 3)
+    assert cpu.norm_activation_max_pool(x[:0], norm, "relu", 1e-5).shape == (0, 4, 5, 3)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    weight, bias, norm = arguments(100, 20, torch.float32)
+    x, before, found = torch.randn(3, 100, 14, 14), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(cpu.transition(x, weight, bias, norm, "relu", True, 1e-5))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    "pool, size", [("floor", (7, 9)), ("ceil", (8, 6)), ("ceil", (7, 6)), ("floor", (1, 4))], ids=str
+)
+def test_the_module_evaluates_by_it_and_trains_without(monkeypatch, pool, size):
+    module = Transition(6, 3, "batch", "relu", pool=pool)
+    module.norm.norm.running_mean.normal_()
+    x, calls = torch.randn(2, 6, *size), []
+    evaluate = cpu.evaluate
+    monkeypatch.setattr(cpu, "evaluate", lambda *a: (calls.append(1), evaluate(*a))[1])
+    module.eval()
+    if min(size) > 1:
+        exact = module(x)
+        assert exact.requires_grad and not calls
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), exact)
+            assert len(calls) == (pool == "floor" or size == (8, 6))
+            module.conv.weight.mul_(2)
+            torch.testing.assert_close(module(x), 2 * exact)
+            before, seen = len(calls), []
+            handle = module.conv.register_forward_hook(lambda *a: seen.append(1))
+            torch.testing.assert_close(module(x), 2 * exact)
+            assert seen and len(calls) == before
+            handle.remove()
+    else:
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            module(x)
+    module.train()
+    before = len(calls)
+    with torch.no_grad():
+        Transition(6, 3, "batch", "relu")(torch.randn(2, 6, 4, 4))
+    assert len(calls) == before
+
+
+def test_operators_are_what_their_fakes_say():
+    weight, bias, norm = arguments(20, 17, torch.float32)
+    torch.library.opcheck(torch.ops.dnl.transition_pack.default, (weight, bias, norm, 1e-5))
+    packed, x = cpu.pack(weight, bias, norm, 1e-5), torch.randn(2, 20, 5, 7)
+    for pool in (True, False):
+        torch.library.opcheck(torch.ops.dnl.transition_eval.default, (x, packed, 17, "relu", pool))
+    torch.library.opcheck(torch.ops.dnl.norm_activation_max_pool.default, (x, norm[0], norm[1], "relu"))
+    with pytest.raises(RuntimeError, match="packed weights of another one"):
+        cpu.evaluate(x, packed, 16, "relu", True)
+
+
+def test_module_types_that_compute_something_else_are_left_alone(monkeypatch):
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    module, x = Transition(4, 3, "batch", "relu", pool="floor").eval(), torch.randn(1, 4, 6, 6)
+    with torch.no_grad():
+        before = module(x)
+        conv, module.conv = module.conv, Doubled(4, 3, 1, bias=False)
+        module.conv.load_state_dict(conv.state_dict())
+        torch.testing.assert_close(module(x), 2 * before)
