@@ -131,13 +131,20 @@ def test_only():
 
 def test_the_page_of_a_whole_day(tmp_path):
     path = tmp_path / "results.jsonl"
-    append(path, kind="facts", rehearsal=False, card="NVIDIA H100 80GB HBM3", missing={}, torch="2.11.0")
+    append(path, kind="facts", rehearsal=False, card="NVIDIA H100 80GB HBM3", missing={}, torch="2.11")
     for outcome, why in (("failed", "x\nwrong"), ("passed", "")):
         append(path, kind="test", test="t[a]", part="a:cuda", shard="0/1", outcome=outcome, seconds=1, why=why)
     append(path, kind="sanitizer", tool="memcheck", code=0, calls=7, failed=[], summary="0 errors")
     append(path, kind="bench", group="attention", case="ceilings", copy_gb_per_s=3000.0, bf16_tflops=700.0)
-    times = {"device_us": 10.0, "p20_us": 9.0, "p80_us": 11.0, "rounds": 15, "stream_us": 12.0, "graph_us": "no capture",
-             "tflops": 70.0, "share_of_product": 0.1, "gb_per_s": 300.0, "share_of_copy": 0.1}  # fmt: skip
+    times = {
+        "device_us": 10.0,
+        "p20_us": 9.0,
+        "p80_us": 11.0,
+        "rounds": 15,
+        "stream_us": 12.0,
+        "graph_us": "no capture",
+    }
+    times |= {"tflops": 70.0, "share_of_product": 0.1, "gb_per_s": 300.0, "share_of_copy": 0.1}
     append(path, kind="bench", group="attention", case="N4096", way="ours", tf32=True, train=False, dtype="float32",
            first_call_s=1.0, peak_bytes=2**20, error_output=1e-3, error_gradients=None, forward=times)  # fmt: skip
     append(path, kind="bench", group="attention", case="N4096", way="flex", error="no time was left")

@@ -145,10 +145,26 @@ def _weight_gradient(found: _Pass, size: torch.Size, like: Tensor, pattern: Patt
         product = product + a @ b.mT  # [1 or C, calls, states]
     if isinstance(product, int):
         return dweight.to(like.dtype)
-    seen = torch.tensor([[pattern.sees(call, state) for state in states] for call in calls], device=product.device)
-    product = torch.where(seen, product, 0).movedim(0, -1)
-    index = torch.tensor(calls, device=product.device)[:, None], torch.tensor(states, device=product.device)[None]
-    return dweight.index_put(index, product.squeeze(-1) if len(size) == 2 else product).to(like.dtype)
+    product = product.movedim(0, -1)
+    if len(size) == 2:
+        product = product.squeeze(-1)
+    for row, call in enumerate(calls):  # without an index on the device: that is a copy a CUDA graph cannot hold
+        for first, last in _runs([pattern.sees(call, state) and state for state in states]):
+            dweight[call, states[first] : states[last] + 1] = product[row, first : last + 1]
+    return dweight.to(like.dtype)
+
+
+def _runs(numbers: list[Any]) -> Iterator[tuple[int, int]]:
+    """First and last place of each run of consecutive numbers in a list that has False for what is left out."""
+    first = None
+    for i, number in enumerate(numbers):
+        if number is False:
+            first = None
+            continue
+        first = i if first is None else first
+        if i + 1 == len(numbers) or numbers[i + 1] is False or numbers[i + 1] != number + 1:
+            yield first, i
+            first = None
 
 
 class History:

@@ -14,7 +14,9 @@ pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 from triton.runtime.jit import JITFunction
 
+import dnl_kernels as dnl
 from dnl_kernels import _triton
+from dnl_kernels.nn import depth
 from dnl_kernels.ops.dnl_block import fused
 from dnl_kernels.testing import dnl_block, triton_compile, triton_gate
 
@@ -96,6 +98,28 @@ def test_a_training_steps_operators_do_not_wait(name):
             extra = fused._forward(call, [x0, *tensors])
             fused._backward(call, extra[0], [x0, *tensors], extra, [True] * (1 + len(tensors)))
     assert mode.seen and states.device.type == "cuda"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_by_products_does_not_wait(causal):
+    """kernel="dot", which has no kernel of its own: whatever torch does for it can be captured."""
+    with FakeTensorMode(), Captured("cuda") as mode:
+        q, k, v = (torch.empty(2, 3, 40, 8, device="cuda") for _ in range(3))
+        dnl.nonlocal_attention(q, k, v, kernel="dot", causal=causal, backend="triton")
+    assert mode.seen
+
+
+@pytest.mark.parametrize("calls, states", [(range(5), range(5)), (range(0, 6, 2), range(6)), ([0, 1, 4], [3])])
+@pytest.mark.parametrize("channels", [(), (5,)], ids=["scalar", "channels"])
+def test_the_weight_gradient_of_depth_weighted_sums_does_not_wait(calls, states, channels):
+    """It is deferred to the end of a backward pass, so that it must be captured with it."""
+    found = depth._Pass()
+    with FakeTensorMode(), Captured("cuda") as mode:
+        found.dy = {call: torch.empty(3, 5, device="cuda") for call in calls}
+        found.x = {state: torch.empty(3, 5, device="cuda") for state in states}
+        pattern = depth.Pattern(2, 2, 1, None)
+        depth._weight_gradient(found, torch.Size((6, 6, *channels)), torch.empty(0, device="cuda"), pattern)
+    assert mode.seen
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,7 @@ def _counts(q: Tensor, M: int, key_mask: Tensor | None, causal: bool) -> Tensor:
     """Z_i, the number of keys that a query sees, at least 1; broadcastable to [B, h, N, 1]."""
     seen = torch.ones(1, M, dtype=torch.int64, device=q.device) if key_mask is None else key_mask.to(torch.int64)
     seen = F.pad(seen.cumsum(-1), (1, 0))
-    last = (
-        torch.arange(1, q.shape[-2] + 1, device=q.device).clamp(max=M) if causal else torch.tensor([M], device=q.device)
-    )
+    last = torch.arange(1, q.shape[-2] + 1, device=q.device).clamp(max=M) if causal else slice(M, M + 1)
     return seen[:, None, last, None].clamp(min=1).to(q.dtype)
 
 
