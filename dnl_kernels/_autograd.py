@@ -99,8 +99,8 @@ def recorded(tensors: Tensors) -> bool:
 
 
 def recomputes() -> bool:
-    """Whether a backward pass is running on this thread, as it is where activation checkpointing computes a forward pass
-    again: running statistics have been updated for it before."""
+    """Whether a backward pass is running on this thread, as it is where activation checkpointing computes a forward
+    pass again: running statistics have been updated for it before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -116,7 +116,7 @@ def _to_be_written(output: Tensor, kept: bool) -> Tensor:
     if torch.compiler.is_compiling():
         return output
     if kept and output.device.type == "cpu":
-        return torch._lazy_clone(output)  # type: ignore[attr-defined]
+        return torch._lazy_clone(output)
     return torch.ops.aten._unsafe_view.default(output, output.shape) if output._is_view() else output
 
 

@@ -99,13 +99,13 @@ def nonlocal_attention(
     width_scale = width**-0.5 if scale is None else _check_scale(scale, kernel)
     if bandwidth is not None or kernel == "gaussian":
         bandwidth = _check_bandwidth(bandwidth, kernel, query, heads)
-    value_width = value.shape[2 if channels_first else 3]
-    chosen = _backend.select(OP, backend, query, width=width, value_width=value_width)
     if (
-        backend is None and kernel == "softmax" and chosen == "cpu" and normalize and not causal and key_mask is None
-        and not channels_first and _is_of_torch(query, key, value)
+        backend is None and kernel == "softmax" and normalize and not causal and key_mask is None and not channels_first
+        and _is_of_torch(query, key, value)
     ):  # fmt: skip
         return F.scaled_dot_product_attention(query, key, value, scale=width_scale)
+    value_width = value.shape[2 if channels_first else 3]
+    chosen = _backend.select(OP, backend, query, width=width, value_width=value_width)
     config = Config(kernel, width_scale, bool(normalize), bool(causal), channels_first, chosen)
     if kernel == "local":
         return _local(value, key_mask, channels_first)
@@ -137,7 +137,7 @@ def _check_shapes(query, key, value, kernel, channels_first) -> tuple[int, int]:
     for name, t, meaning in zip(("query", "key", "value"), (query, key, value), names, strict=True):
         if t.dim() != 4:
             fail(OP, name, shape(t), f"4 dimensions ({meaning})")
-    B, h, D, N, M, E = *q[:2], q[feature], q[position], k[position], v[feature]
+    (B, h), D, N, M, E = q[:2], q[feature], q[position], k[position], v[feature]
     if D == 0:
         fail(OP, "query", shape(query), "a width D of at least 1")
     check_shape(OP, "key", key, (B, h, D, M) if channels_first else (B, h, M, D), meaning=names[1])
