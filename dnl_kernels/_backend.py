@@ -174,8 +174,8 @@ def shared_memory(device: torch.device) -> int:
 
 def few(numbers: int, example: Tensor) -> bool:
     """Whether a call without a requested backend is for PyTorch's own operators, where these compute the same: of so
-    many numbers in the dtype that they accumulate in."""
-    return numbers <= FEW and example.dtype in _WIDE and not torch.compiler.is_compiling()
+    many numbers on the CPU, in the dtype that they accumulate in. Asked before `select`, which takes longer."""
+    return numbers <= FEW and example.is_cpu and example.dtype in _WIDE and not torch.compiler.is_compiling()
 
 
 _WIDE = frozenset((torch.float32, torch.float64))

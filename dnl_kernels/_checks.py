@@ -116,6 +116,25 @@ def check_states(op: str, states: object, mixed: bool = False) -> list[Tensor]:
     return list(states)
 
 
+def check_states_alike(op: str, states: object) -> tuple[Tensor, torch.Size]:
+    """`check_states` of states that have one shape; the first of them, and the shape."""
+    if isinstance(states, (list, tuple)) and states and isinstance(states[0], Tensor) and states[0].dtype in FLOATS:
+        first = states[0]
+        size, dtype, device = first.shape, first.dtype, first.device
+        for state in states:
+            if state is not first and not (
+                isinstance(state, Tensor) and state.shape == size and state.dtype is dtype and state.device == device
+            ):
+                break
+        else:
+            return first, size
+    first = check_states(op, states)[0]
+    for j, state in enumerate(states):  # type: ignore[arg-type]
+        if state.shape != first.shape:
+            fail(op, f"states[{j}]", shape(state), f"{list(first.shape)}, as states[0]")
+    return first, first.shape
+
+
 def check_shape(op: str, argument: str, tensor: Tensor, *allowed: Iterable[int], meaning: str = "") -> None:
     """`tensor` has one of the `allowed` shapes; `meaning` writes them in symbols."""
     given = tensor.shape

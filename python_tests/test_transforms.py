@@ -191,7 +191,7 @@ def test_forward_mode_over_a_backward_pass(op, dtype):
 def test_vmap_compiles(op):
     leaves = constants(leaves_of(op, torch.float32))
     many = [torch.stack([leaf, 0.875 * leaf]) for leaf in leaves]
-    compiled = torch.compile(lambda *args: torch.vmap(op.call)(*args), fullgraph=True, backend="eager")
+    compiled = torch.compile(torch.vmap(op.call), fullgraph=True, backend="eager")
     assert_equal_up_to_rounding(compiled(*many), torch.vmap(op.call)(*many), torch.float32)
 
 

@@ -366,12 +366,19 @@ def test_only_the_states_are_kept():
         assert kept == states.numel() + 4 * 5 * 64 + 2 * states.shape[1]  # and the input, and two statistics a channel
 
 
-def test_changing_the_output_in_place_is_noticed():
+def test_the_output_may_be_changed_in_place_and_then_has_memory_of_its_own():
     config = block(training=True)
-    states, _ = fused.dnl_block(torch.randn(2, 5, 4, 4), parameters_of(config, torch.float32), config)
-    states.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        states.sum().backward()
+    x, layers = torch.randn(2, 5, 4, 4, requires_grad=True), parameters_of(config, torch.float32)
+    weights = torch.randn(fused.dnl_block(x, layers, config)[0].shape)
+    (expected,) = torch.autograd.grad(fused.dnl_block(x, layers, config)[0].square(), x, weights)
+    states, _ = fused.dnl_block(x, layers, config)
+    assert torch._C._is_cow_tensor(states)  # shared with what is kept: consumers and the backward make no copy
+    changed = states.square()
+    torch.autograd.grad(changed, x, weights, retain_graph=True)
+    assert torch._C._is_cow_tensor(states)
+    states.square_()
+    assert not torch._C._is_cow_tensor(states)
+    assert torch.equal(torch.autograd.grad(states, x, weights)[0], expected)
 
 
 def test_the_fused_kernels_run_by_default_and_under_compile():

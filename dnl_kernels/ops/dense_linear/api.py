@@ -80,11 +80,11 @@ def dense_linear(
     if len(size) != 2 or size[1] != channels:
         fail(OP, "weight", shape(weight), f"[{size[0] if size else 'D'}, {channels}] (D, sum C_j)")
     check_vectors(OP, size[0], channels, bias, norm_scale, norm_shift)
+    if backend is None and _backend.few(first.numel() * len(states) + weight.numel(), first):
+        return cpu.of_few(states, weight, bias, norm_scale, norm_shift, activation, scale)
     chosen = _backend.select(OP, backend, first)
     if chosen == "reference":
         return reference.dense_linear(states, weight, bias, norm_scale, norm_shift, activation, scale)
-    if chosen == "cpu" and backend is None and _backend.few(first.numel() * len(states) + weight.numel(), first):
-        return cpu.of_few(states, weight, bias, norm_scale, norm_shift, activation, scale)
     function = _function_cpu if chosen == "cpu" else _function
     return function(Config(activation, float(scale), chosen), weight, bias, norm_scale, norm_shift, *states)
 

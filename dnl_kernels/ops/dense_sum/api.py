@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _backend
 from ..._autograd import autocasts, differentiable
-from ..._checks import check_shape, check_states, check_tensor, fail, shape
+from ..._checks import check_shape, check_states, check_states_alike, check_tensor, fail, shape
 from . import reference
 
 OP = "dense_sum"
@@ -50,13 +50,8 @@ def dense_sum(states: Sequence[Tensor], weight: Tensor, *, channel_dim: int = -1
     """
     if torch._C._is_any_autocast_enabled() and autocasts(check_tensor(OP, "weight", weight).device.type):
         states, weight = _promoted(check_states(OP, states, mixed=True), weight)
-    states = check_states(OP, states)
-    first = states[0]
+    first, size = check_states_alike(OP, states)
     check_tensor(OP, "weight", weight, first, "states[0]")
-    size = first.shape
-    for j, state in enumerate(states):
-        if state.shape != size:
-            fail(OP, f"states[{j}]", shape(state), f"{list(size)}, as states[0]")
     numbers = weight.shape
     if len(numbers) == 2:
         if not -first.dim() <= channel_dim < first.dim():
@@ -67,10 +62,23 @@ def dense_sum(states: Sequence[Tensor], weight: Tensor, *, channel_dim: int = -1
         if len(numbers) != 1 or numbers[0] != len(states):
             check_shape(OP, "weight", weight, (len(states),), meaning="J")
         channel_dim = 0
+    if backend is None and _backend.few(first.numel() * len(states), first):
+        return _of_few(states, weight, channel_dim)
     chosen = _backend.select(OP, backend, first, count=len(states))
     if chosen == "reference":
         return reference.dense_sum(states, weight, channel_dim)
     return _function(Config(channel_dim, chosen), weight, *states)
+
+
+def _of_few(states: Sequence[Tensor], weight: Tensor, channel_dim: int) -> Tensor:
+    """The same of a few numbers, by as few of PyTorch's operators as there can be, which autograd records."""
+    if weight.dim() == 2:
+        weight = weight.reshape(*weight.shape, *(1,) * (states[0].dim() - channel_dim - 1))
+    first, *weights = weight.unbind()
+    y = states[0] * first
+    for j, w in enumerate(weights, 1):
+        y = torch.addcmul(y, states[j], w)
+    return y
 
 
 def _promoted(states: list[Tensor], weight: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -99,13 +99,13 @@ def nonlocal_attention(
     width_scale = width**-0.5 if scale is None else _check_scale(scale, kernel)
     if bandwidth is not None or kernel == "gaussian":
         bandwidth = _check_bandwidth(bandwidth, kernel, query, heads)
-    value_width = value.shape[2 if channels_first else 3]
-    chosen = _backend.select(OP, backend, query, width=width, value_width=value_width)
     if (
-        backend is None and kernel == "softmax" and chosen == "cpu" and normalize and not causal and key_mask is None
-        and not channels_first and _is_of_torch(query, key, value)
+        backend is None and kernel == "softmax" and normalize and not causal and key_mask is None and not channels_first
+        and _is_of_torch(query, key, value)
     ):  # fmt: skip
         return F.scaled_dot_product_attention(query, key, value, scale=width_scale)
+    value_width = value.shape[2 if channels_first else 3]
+    chosen = _backend.select(OP, backend, query, width=width, value_width=value_width)
     config = Config(kernel, width_scale, bool(normalize), bool(causal), channels_first, chosen)
     if kernel == "local":
         return _local(value, key_mask, channels_first)
