@@ -13,6 +13,9 @@ constexpr int kRows = 8;  // of a register tile of three vectors
 constexpr int kRows = 4;
 #endif
 constexpr int64_t kSlack = 16;  // at both ends of a line of pixels
+// Channels whose lines are written before they are read, at other places than they were written: a load waits for
+// stores that it does not match.
+constexpr int64_t kAtOnce = 4;
 
 // Every second element of two vectors, from the first or the second on.
 template <class T, int first>
@@ -196,16 +199,18 @@ void winograd_filters(const T* weight, int64_t output_stride, int64_t channel_st
 
 template <class T>
 void winograd_gather(const TileRun& run, Planes<const T> from, int64_t channels, const T* scale, const T* shift,
-                     Activation activation, int64_t channel_pitch, T* parts) {
+                     Activation activation, int64_t step, T* parts) {
   constexpr int64_t lanes = kLanes<T>;
   const Ends<T> ends(run);
   const T leak = T(activation.leak);
-  const int64_t step = channel_pitch * run.pitch;
-  alignas(64) T lines[6][2 * kLongRun + 2 * kSlack];
+  alignas(64) T written[kAtOnce][6][2 * kLongRun + 2 * kSlack];
   dispatch_activation(activation.kind, [&]<ActivationKind A>() {
     for (int64_t c = 0; c < channels; c++) {
-      const Planes<const T> plane{from.data + c * from.channel_stride, from.image_stride, 0};
-      gather_lines<T, A>(run, plane, scale ? scale[c] : T(1), shift ? shift[c] : T(0), leak, lines);
+      for (int64_t i = c; c % kAtOnce == 0 && i < channels && i < c + kAtOnce; i++) {
+        const Planes<const T> plane{from.data + i * from.channel_stride, from.image_stride, 0};
+        gather_lines<T, A>(run, plane, scale ? scale[i] : T(1), shift ? shift[i] : T(0), leak, written[i - c]);
+      }
+      const auto& lines = written[c % kAtOnce];
       for (int64_t t = 0; t < run.padded(); t += lanes) {
         const IntVec<T> begins = ends.at(ends.begins + t), finishes = ends.at(ends.ends + t);
         T* to = parts + c * run.pitch + t;
@@ -229,17 +234,17 @@ void winograd_gather(const TileRun& run, Planes<const T> from, int64_t channels,
 }
 
 template <class T>
-void winograd_scatter(const TileRun& run, const T* products, int64_t products_pitch, T* rows) {
+void winograd_scatter(const TileRun& run, const T* products, int64_t step, T* rows) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t pitch = 2 * run.pitch;
   for (int64_t t = 0; t < run.padded(); t += lanes) {
     Vec<T> even[6], odd[6], a[4], b[4];
 #pragma GCC unroll 6
     for (int k = 0; k < 6; k++) {
-      const T* p = products + 4 * k * products_pitch + t;
-      const Vec<T> m1 = load(p + products_pitch), m2 = load(p + 2 * products_pitch);
+      const T* p = products + 4 * k * step + t;
+      const Vec<T> m1 = load(p + step), m2 = load(p + 2 * step);
       even[k] = load(p) + (m1 + m2);
-      odd[k] = (m1 - m2) + load(p + 3 * products_pitch);
+      odd[k] = (m1 - m2) + load(p + 3 * step);
     }
     Rows3::synthesise(even, a);
     Rows3::synthesise(odd, b);
@@ -254,7 +259,7 @@ void winograd_scatter(const TileRun& run, const T* products, int64_t products_pi
 template <class T>
 void winograd_spread(const TileRun& run, Planes<const T> dy, int64_t outputs, int64_t output_pitch, T* room, T* parts) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t height = run.grid.height, width = run.grid.width, pitch = run.pitch;
+  const int64_t height = run.grid.height, width = run.grid.width, pitch = run.pitch, step = part_step(lanes * pitch);
   const int64_t count = run.padded();
   alignas(64) T lines[4][2 * kLongRun + kSlack];
   for (int64_t first = 0; first < output_pitch; first += lanes) {
@@ -262,7 +267,7 @@ void winograd_spread(const TileRun& run, Planes<const T> dy, int64_t outputs, in
       T* to = room + o * pitch;
       if (first + o >= outputs) {
         for (int64_t p = 0; p < kProducts; p++)
-          for (int64_t t = 0; t < count; t += lanes) store(to + p * lanes * pitch + t, Vec<T>{});
+          for (int64_t t = 0; t < count; t += lanes) store(to + p * step + t, Vec<T>{});
         continue;
       }
       run.for_each_row([&](int64_t image, int64_t row, int64_t column, int64_t n, int64_t at) {
@@ -292,11 +297,11 @@ void winograd_spread(const TileRun& run, Planes<const T> dy, int64_t outputs, in
         Rows3::spread(odd, b);
 #pragma GCC unroll 6
         for (int k = 0; k < 6; k++) {
-          T* out = to + 4 * k * lanes * pitch + t;
+          T* out = to + 4 * k * step + t;
           store(out, a[k]);
-          store(out + lanes * pitch, a[k] + b[k]);
-          store(out + 2 * lanes * pitch, a[k] - b[k]);
-          store(out + 3 * lanes * pitch, b[k]);
+          store(out + step, a[k] + b[k]);
+          store(out + 2 * step, a[k] - b[k]);
+          store(out + 3 * step, b[k]);
         }
       }
     }
@@ -304,7 +309,7 @@ void winograd_spread(const TileRun& run, Planes<const T> dy, int64_t outputs, in
       for (int64_t t = 0; t < count; t += lanes) {
         Vec<T> block[lanes];
 #pragma GCC unroll 16
-        for (int o = 0; o < lanes; o++) block[o] = load(room + (p * lanes + o) * pitch + t);
+        for (int o = 0; o < lanes; o++) block[o] = load(room + p * step + o * pitch + t);
         transpose<T>(block);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; i++) store(parts + (p * pitch + t + i) * output_pitch + first, block[i]);

@@ -34,6 +34,10 @@ constexpr int64_t kRun = 48;      // tiles at a time: whole vectors of every lev
 constexpr int64_t kLongRun = 96;  // where the sum runs over tiles
 constexpr int64_t kDepth = 32;    // channels of a partial sum
 
+// From one part of so many numbers to the next: all parts of a tile are written together, and in memory a multiple of
+// 4 KiB apart they would share a few places of the first-level cache.
+constexpr int64_t part_step(int64_t numbers) { return numbers + 16; }
+
 struct TileGrid {
   int64_t batch, height, width;
 
@@ -71,15 +75,15 @@ struct TileRun {
   void winograd_filters(const T* weight, int64_t output_stride, int64_t channel_stride, bool mirrored, double factor,  \
                         int64_t outputs, int64_t channels, int64_t begin, int64_t end, T* filters);                    \
   /* parts[p, c, tile] = (B^T d C)_p, d = act(scale_c * from + shift_c) inside the image and 0 outside; */         \
-  /* channel_pitch: channels of `parts` */                                                                             \
+  /* `step` from part to part */                                                                                       \
   template <class T>                                                                                                   \
   void winograd_gather(const TileRun&, Planes<const T> from, int64_t channels, const T* scale, const T* shift,         \
-                       Activation, int64_t channel_pitch, T* parts);                                                   \
-  /* rows[y, x]: the 4 rows, 2 * pitch long, of one output from its products[p, o, tile], products_pitch apart in p */ \
+                       Activation, int64_t step, T* parts);                                                            \
+  /* rows[y, x]: the 4 rows, 2 * pitch long, of one output from its products[p, o, tile], `step` apart in p */          \
   template <class T>                                                                                                   \
-  void winograd_scatter(const TileRun&, const T* products, int64_t products_pitch, T* rows);                           \
-  /* parts[p, tile, o] = (A dy)_p for the tiles' own 4 x 2 pixels, 0 behind the last tile and output; `room`: kProducts */ \
-  /* * 16 * pitch numbers, aligned */                                                                                  \
+  void winograd_scatter(const TileRun&, const T* products, int64_t step, T* rows);                                     \
+  /* parts[p, tile, o] = (A dy)_p for the tiles' own 4 x 2 pixels, 0 behind the last output; `room`: part_step(16 * pitch) */ \
+  /* numbers for each of kProducts, aligned */                                                                         \
   template <class T>                                                                                                   \
   void winograd_spread(const TileRun&, Planes<const T> dy, int64_t outputs, int64_t output_pitch, T* room, T* parts);  \
   /* to[i, j] (+)= sum_k a[i * a_row + k * a_step] * b[k * b_step + j], columns a multiple of 16 */                    \

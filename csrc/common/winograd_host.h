@@ -55,13 +55,13 @@ std::vector<T> wide_filters_back(const T* weight, int64_t outputs, int64_t chann
 // The parts of channels [begin, end) of the inputs side by side.
 template <class T>
 void gather_wide(const TileRun& run, const std::vector<WideInput<T>>& inputs, int64_t begin, int64_t end,
-                 int64_t channel_pitch, T* parts) {
+                 int64_t step, T* parts) {
   int64_t channel = 0;
   for (const WideInput<T>& in : inputs) {
     const int64_t from = std::max(begin, channel), to = std::min(end, channel + in.channels), c = from - channel;
     if (from < to)
       DNL_ISA_CALL(winograd_gather<T>(run, at(in.planes, 0, c), to - from, in.scale ? in.scale + c : nullptr,
-                                      in.shift ? in.shift + c : nullptr, in.activation, channel_pitch,
+                                      in.shift ? in.shift + c : nullptr, in.activation, step,
                                       parts + (from - begin) * run.pitch));
     channel += in.channels;
   }
@@ -82,30 +82,30 @@ void convolve_wide(const TileGrid& grid, const std::vector<WideInput<T>>& inputs
   const int64_t largest = (outputs + shares - 1) / shares, block = std::min(kBlock, largest);
   const bool keeps = largest > block;  // every block of outputs reads all parts
   const int64_t kept = keeps ? channels : std::min(kDepth, channels);
-  const int64_t bytes =
-      Scratch::bytes<T>(kProducts * kept * kRun) + Scratch::bytes<T>(kProducts * block * kRun) + Scratch::bytes<T>(8 * kRun);
+  const int64_t step = part_step(kept * kRun);
+  const int64_t bytes = Scratch::bytes<T>(kProducts * step) + Scratch::bytes<T>(kProducts * part_step(block * kRun)) +
+                        Scratch::bytes<T>(8 * kRun);
   parallel_tasks(0, runs * shares, 1, [&](int64_t task, int64_t) {
     Scratch scratch(bytes);
-    T* const parts = scratch.take<T>(kProducts * kept * kRun);
-    T* const products = scratch.take<T>(kProducts * block * kRun);
+    T* const parts = scratch.take<T>(kProducts * step);
+    T* const products = scratch.take<T>(kProducts * part_step(block * kRun));
     T* const rows = scratch.take<T>(8 * kRun);
     const int64_t index = task / shares, share = task % shares;
     const int64_t first = index * kRun, past = (share + 1) * outputs / shares;
     const TileRun run{grid, first, std::min(kRun, grid.count() - first), kRun};
-    if (keeps) gather_wide(run, inputs, 0, channels, kept, parts);
+    if (keeps) gather_wide(run, inputs, 0, channels, step, parts);
     for (int64_t o = share * outputs / shares; o < past; o += block) {
-      const int64_t n = std::min(block, past - o);
-      if (channels == 0) std::fill(products, products + kProducts * n * kRun, T(0));
+      const int64_t n = std::min(block, past - o), apart = part_step(n * kRun);
+      if (channels == 0) std::fill(products, products + kProducts * apart, T(0));
       for (int64_t c = 0; c < channels; c += kDepth) {
         const int64_t depth = std::min(kDepth, channels - c);
-        if (!keeps) gather_wide(run, inputs, c, c + depth, kept, parts);
+        if (!keeps) gather_wide(run, inputs, c, c + depth, step, parts);
         for (int64_t p = 0; p < kProducts; p++)
           DNL_ISA_CALL(multiply<T>(n, depth, run.padded(), filters + (p * channels + c) * outputs + o, 1, outputs,
-                                   parts + (p * kept + (keeps ? c : 0)) * kRun, kRun, c > 0, products + p * n * kRun,
-                                   kRun));
+                                   parts + p * step + (keeps ? c : 0) * kRun, kRun, c > 0, products + p * apart, kRun));
       }
       for (int64_t i = 0; i < n; i++) {
-        DNL_ISA_CALL(winograd_scatter<T>(run, products + i * kRun, n * kRun, rows));
+        DNL_ISA_CALL(winograd_scatter<T>(run, products + i * kRun, apart, rows));
         run.for_each_row([&](int64_t image, int64_t row, int64_t column, int64_t tiles, int64_t number) {
           const int64_t x = kTileColumns * column, y = kTileRows * row;
           const int64_t length = std::min(kTileColumns * tiles, grid.width - x);
@@ -126,13 +126,14 @@ void weight_gradient_wide(const TileGrid& grid, const std::vector<WideInput<T>>&
   const int64_t chunks = std::max<int64_t>(1, std::min(kMostChunks, runs / kRunsAtLeast));
   const int64_t size = kProducts * channels * pitch;
   std::vector<T> partial(chunks * size);
-  const int64_t bytes = Scratch::bytes<T>(kProducts * kDepth * kLongRun) +
-                        Scratch::bytes<T>(kProducts * pitch * kLongRun) + Scratch::bytes<T>(kProducts * 16 * kLongRun);
+  const int64_t step = part_step(kDepth * kLongRun), room_size = kProducts * part_step(16 * kLongRun);
+  const int64_t bytes = Scratch::bytes<T>(kProducts * step) + Scratch::bytes<T>(kProducts * pitch * kLongRun) +
+                        Scratch::bytes<T>(room_size);
   parallel_chunks(chunks, runs, [&](int64_t chunk, int64_t begin, int64_t end) {
     Scratch scratch(bytes);
-    T* const parts = scratch.take<T>(kProducts * kDepth * kLongRun);
+    T* const parts = scratch.take<T>(kProducts * step);
     T* const spread = scratch.take<T>(kProducts * pitch * kLongRun);
-    T* const room = scratch.take<T>(kProducts * 16 * kLongRun);
+    T* const room = scratch.take<T>(room_size);
     T* const sums = partial.data() + chunk * size;
     for (int64_t index = begin; index < end; index++) {
       const int64_t first = index * kLongRun;
@@ -140,9 +141,9 @@ void weight_gradient_wide(const TileGrid& grid, const std::vector<WideInput<T>>&
       DNL_ISA_CALL(winograd_spread<T>(run, dy, outputs, pitch, room, spread));
       for (int64_t c = 0; c < channels; c += kDepth) {
         const int64_t depth = std::min(kDepth, channels - c);
-        gather_wide(run, inputs, c, c + depth, kDepth, parts);
+        gather_wide(run, inputs, c, c + depth, step, parts);
         for (int64_t p = 0; p < kProducts; p++)
-          DNL_ISA_CALL(multiply<T>(depth, run.count, pitch, parts + p * kDepth * kLongRun, kLongRun, 1,
+          DNL_ISA_CALL(multiply<T>(depth, run.count, pitch, parts + p * step, kLongRun, 1,
                                    spread + p * kLongRun * pitch, pitch, true, sums + (p * channels + c) * pitch, pitch));
       }
     }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/conv_host.h"
+#include "common/winograd_host.h"
 #include "dnl_block/params.h"
 
 namespace dnl {
@@ -36,6 +37,9 @@ struct BlockShape {
   // Planes of parts of whole images.
   FlatPlane gradient_plane() const { return grouped({tiling.images, height, width, tiling.radius}); }
   int64_t gradient_size() const { return form().parts * gradient_plane().length(); }
+  // Whether layers are computed one by one, in the form of common/winograd.h, and whether they are backward too.
+  bool wide() const { return is_wide(size, in_channels, growth); }
+  bool wide_backward() const { return wide() && !norm; }
   int64_t elements() const { return batch * height * width; }
   // Where a norm has statistics: of every state (preactivation), else of every layer's output.
   int64_t statistics() const { return preactivation ? channels() : layers * growth; }

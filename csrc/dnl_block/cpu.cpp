@@ -4,6 +4,7 @@
 
 #include "dnl_block/backward.h"
 #include "dnl_block/block.h"
+#include "dnl_block/wide.h"
 
 namespace dnl {
 namespace {
@@ -18,8 +19,8 @@ class Forward {
   Forward(const BlockShape& s, const BlockTensors<T>& t, Planes<const T> x0, Planes<T> states, Planes<T> outputs,
           T* mean, T* var)
       : s_(s), t_(t), x0_(x0), states_(states), outputs_(outputs), mean_(mean), var_(var) {
-    packed_.resize(s.packed_offset(s.layers));
-    parallel_tasks(0, s.layers, 1, [&](int64_t l, int64_t) {
+    packed_.resize(s.wide() ? 0 : s.packed_offset(s.layers));
+    parallel_tasks(0, s.wide() ? 0 : s.layers, 1, [&](int64_t l, int64_t) {
       const Form form = s.form();
       const int64_t channels = s.layer_channels(l), size = s.growth * channels * form.taps;
       const std::vector<T> parts = transform_filters(t.weight + s.weight_offset(l), s.growth * channels, form);
@@ -35,6 +36,7 @@ class Forward {
   }
 
   void run() {
+    if (s_.wide()) return run_wide();
     if (!measures() && s_.tiling.whole()) {
       for_each_tile([&](int64_t i, Scratch& scratch) {
         copy_input(i);
@@ -61,6 +63,45 @@ class Forward {
 
  private:
   bool measures() const { return s_.norm && s_.training; }
+
+  void run_wide() {
+    const TileGrid grid{s_.batch, s_.height, s_.width};
+    const Planes<const T> states{states_.data, states_.image_stride, states_.channel_stride};
+    for_each_tile([&](int64_t i, Scratch&) { copy_input(i); });
+    if (s_.preactivation) finish(0, s_.in_channels);
+    for (int64_t l = 0; l < s_.layers; l++) {
+      if (s_.preactivation && measures()) fold_reads(l);
+      const bool prologue = s_.preactivation && s_.norm;
+      const T* scale = prologue ? folded_.scale.data() + s_.channel_offset[l] : nullptr;
+      const T* shift = prologue ? folded_.shift.data() + s_.channel_offset[l] : nullptr;
+      const std::vector<T> filters =
+          wide_filters(t_.weight + s_.weight_offset(l), s_.growth, s_.layer_channels(l), s_.tau);
+      const Planes<T> target = s_.preactivation ? states_ : outputs_;
+      const int64_t first = s_.preactivation ? s_.state_first(l + 1) : l * s_.growth;
+      convolve_wide(grid, wide_inputs<T>(s_, l, states, scale, shift), filters.data(), s_.growth,
+                    [&](int64_t, int64_t o, int64_t image, int64_t row, int64_t x, int64_t n, const T* sums) {
+                      T* y = at(target, image, first + o).data + row * s_.width + x;
+                      activate_row(sums, n, T(1), t_.bias ? t_.bias[l * s_.growth + o] : T(0), kIdentity, y);
+                      if (s_.preactivation || measures()) return;
+                      const int64_t c = l * s_.growth + o;
+                      activate_row(y, n, s_.norm ? folded_.scale[c] : T(1), s_.norm ? folded_.shift[c] : T(0),
+                                   s_.activation,
+                                   at(states_, image, s_.in_channels + c).data + row * s_.width + x);
+                    });
+      if (!measures()) continue;
+      for_each_tile([&](int64_t i, Scratch&) { measure(target, first, s_.growth, i); });
+      finish(first, s_.growth);
+      if (s_.preactivation) continue;
+      for (int64_t c = first; c < first + s_.growth; c++)
+        folded_.set(c, mean_[c], var_[c], s_.eps, t_.gamma, t_.beta);
+      for_each_tile([&](int64_t i, Scratch&) { activate_output(l, i); });
+    }
+  }
+
+  static void activate_row(const T* from, int64_t n, T scale, T shift, Activation activation, T* to) {
+    DNL_ISA_CALL(activate_run<T>(from, n, scale, shift, static_cast<const T*>(nullptr), activation, to,
+                                 static_cast<T*>(nullptr)));
+  }
 
   template <class Body>
   void for_each_tile(Body body) {
@@ -215,6 +256,17 @@ BlockShape describe(const Tensor& x, int64_t in_channels, const std::vector<int6
   return s;
 }
 
+template <class T>
+void copy_planes(Planes<const T> from, Planes<T> to, const BlockShape& s, int64_t channels) {
+  const int64_t pixels = s.height * s.width;
+  parallel_tasks(0, s.batch * channels, grain_for(s.batch * channels), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const T* plane = at(from, i / channels, i % channels).data;
+      std::copy(plane, plane + pixels, at(to, i / channels, i % channels).data);
+    }
+  });
+}
+
 // The parameter vectors, checked against the shape; the tensors own what the pointers show.
 struct Parameters {
   Tensor weight;
@@ -298,6 +350,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> dnl_block_bwd(
   Tensor dweight = torch::stable::new_empty(states, {p.weight.numel()});
   Tensor dbias = torch::stable::new_empty(states, {bias.has_value() ? s.layers * s.growth : 0});
   Tensor dgamma = torch::stable::new_empty(states, {norms}), dbeta = torch::stable::new_empty(states, {norms});
+  if (s.wide_backward()) {
+    Tensor total = in_large_pages(torch::stable::new_empty(states, {s.batch, s.channels(), s.height, s.width}));
+    dispatch_float("dnl_block", states.scalar_type(), [&](auto zero) {
+      using T = decltype(zero);
+      copy_planes(planes_of<const T>(dstates), planes_of<T>(total), s, s.channels());
+      backward_wide<T>(s, p.tensors<T>(), planes_of<const T>(states), planes_of<const T>(outputs), planes_of<T>(total),
+                       static_cast<T*>(dweight.data_ptr()),
+                       dbias.numel() ? static_cast<T*>(dbias.data_ptr()) : nullptr);
+      copy_planes(planes_of<const T>(total), planes_of<T>(dx0), s, in_channels);
+    });
+    return {dx0, dweight, dbias, dgamma, dbeta};
+  }
   // The gradients of all states, each group of images in planes of parts: the next layers convolve them as they lie.
   Tensor gradients =
       in_large_pages(torch::stable::new_empty(states, {s.tiling.groups() * s.channels() * s.gradient_size()}));
