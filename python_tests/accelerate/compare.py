@@ -43,8 +43,8 @@ def assert_same(found, expected, tolerance=1e-9):
 
 
 def assert_as_good(draws, epsilon):
-    """In a narrower dtype, against float64: draws of (found, eager, exact). Median errors, for one draw is luck: at most
-    twice that of eager PyTorch, which may be of a few roundings of the largest number."""
+    """In a narrower dtype, against float64: draws of (found, eager, exact). Median errors, for one draw is luck: at
+    most twice that of eager PyTorch, which may be of a few roundings of the largest number."""
     for name, value in draws[0][2].items():
         if value is None or not value.is_floating_point():
             continue
