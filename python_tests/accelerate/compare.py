@@ -17,6 +17,11 @@ def randomise(model, seed=0):
     return model
 
 
+def draws_like(x, count):
+    """Inputs drawn at once: `everything` seeds the generator."""
+    return list(torch.randn(count, *x.shape, dtype=x.dtype))
+
+
 def everything(model, x, seed=5):
     """Output, every gradient by its name, and every buffer afterwards."""
     torch.manual_seed(seed)  # of dropout

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from compare import assert_as_good, assert_same, everything, randomise
+from compare import assert_as_good, assert_same, draws_like, everything, randomise
 from torch import nn
 
 import dnl_kernels as dnl
@@ -180,8 +180,7 @@ def test_float32_autocast_and_channels_last(name):
     exact = copy.deepcopy(plain).double()
     form = torch.channels_last if x.dim() == 4 else torch.contiguous_format
     single, half = [], []
-    for _ in range(3):
-        x = torch.randn_like(x)
+    for x in draws_like(x, 5):
         truth = everything(copy.deepcopy(exact), x.double())
         x = x.to(memory_format=form)
         runs = [everything(copy.deepcopy(m).to(memory_format=form), x) for m in (fast, plain)]
