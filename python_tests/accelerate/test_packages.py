@@ -180,13 +180,13 @@ def test_float32_autocast_and_channels_last(name):
     exact = copy.deepcopy(plain).double()
     form = torch.channels_last if x.dim() == 4 else torch.contiguous_format
     single, half = [], []
-    for x in draws_like(x, 5):
-        truth = everything(copy.deepcopy(exact), x.double())
-        x = x.to(memory_format=form)
-        runs = [everything(copy.deepcopy(m).to(memory_format=form), x) for m in (fast, plain)]
+    for draw in draws_like(x, 5):
+        truth = everything(copy.deepcopy(exact), draw.double())
+        draw = draw.to(memory_format=form)
+        runs = [everything(copy.deepcopy(m).to(memory_format=form), draw) for m in (fast, plain)]
         single.append((*runs, truth))
         with torch.autocast("cpu", torch.bfloat16):
-            runs = [{"output": everything(copy.deepcopy(m), x)["output"]} for m in (fast, plain)]
+            runs = [{"output": everything(copy.deepcopy(m), draw)["output"]} for m in (fast, plain)]
         assert runs[0]["output"].dtype == runs[1]["output"].dtype
         half.append((*runs, {"output": truth["output"]}))
     assert_as_good(single, torch.finfo(torch.float32).eps)
