@@ -17,7 +17,7 @@ from bench.peers import (
     openvino,
     peer,
 )
-from dnl_kernels.nn import DenseSum, DNLBlock, DNLNet, convert_densenet
+from dnl_kernels.nn import DenseSum, DNLBlock, DNLNet, accelerate
 
 SECONDS = 1.0
 
@@ -83,7 +83,7 @@ def test_densenet121(record):
     batch, size = (2, 64) if SMOKE else (4, 224)
     model = torchvision.models.densenet121(num_classes=10).to(DEVICE)
     x = torch.randn(batch, 3, size, size, device=DEVICE)
-    ours, lean = convert_densenet(copy.deepcopy(model)), torchvision.models.densenet121(
+    ours, lean = accelerate(copy.deepcopy(model)), torchvision.models.densenet121(
         memory_efficient=True, num_classes=10
     ).to(DEVICE)  # fmt: skip
     lean.load_state_dict(model.state_dict())
@@ -94,7 +94,7 @@ def test_densenet121(record):
         return loss_way(timm.create_model("densenet121", num_classes=10, **options).to(DEVICE), x, same=False)
 
     plain_way = loss_way(model, x)
-    # Converted blocks have the same parameters in the same order.
+    # Accelerated blocks are the same modules.
     ways = {
         "ours": loss_way(ours, x),
         "torchvision": plain_way,

@@ -1,4 +1,4 @@
-"""Replace the dense blocks of a torchvision DenseNet: the same network, less kept for the backward pass."""
+"""Accelerate a torchvision DenseNet in place: the same network, less kept for the backward pass, and back again."""
 
 import argparse
 import copy
@@ -6,7 +6,7 @@ import copy
 import torch
 from torchvision.models import densenet121
 
-from dnl_kernels.nn import convert_densenet
+import dnl_kernels as dnl
 
 
 def saved_for_backward(model, images):
@@ -32,17 +32,19 @@ def main():
     options = parser.parse_args()
     torch.manual_seed(0)
 
-    original = densenet121(weights=None)  # or one with trained weights: they are copied
-    converted = convert_densenet(copy.deepcopy(original))  # in place; the copy is for the comparison
+    original = densenet121(weights=None)  # or one with trained weights
+    model = copy.deepcopy(original)  # for the comparison
+    print(dnl.accelerate(model, report=True))
 
     images = torch.rand(options.batch, 3, options.size, options.size)
     with torch.no_grad():
-        difference = (original.eval()(images) - converted.eval()(images)).abs().max().item()
+        difference = (original.eval()(images) - model.eval()(images)).abs().max().item()
     print(f"largest difference of the logits: {difference:.1e}")
-    for name, model in (("torchvision", original.train()), ("converted", converted.train())):
-        logits, mebibytes = saved_for_backward(model, images)
+    for name, network in (("torchvision", original.train()), ("accelerated", model.train())):
+        logits, mebibytes = saved_for_backward(network, images)
         logits.sum().backward()
         print(f"{name:12} keeps {mebibytes:6.1f} MiB for backward")
+    print("restored:", type(dnl.restore(model).features.denseblock1) is type(original.features.denseblock1))
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def blocks() -> Cases:
 
 def networks() -> Cases:
     from bench.test_networks import loss_way, plain
-    from dnl_kernels.nn import DNLNet, convert_densenet
+    from dnl_kernels.nn import DNLNet, accelerate
 
     settings = ((HALF, False), (torch.float32, False), (torch.float32, True))
     depth, batch, size = (16, 512, 32) if GPU else (2, 2, 8)
@@ -271,7 +271,7 @@ def networks() -> Cases:
             x = torch.randn(batch, 3, size, size, device=DEVICE, dtype=dtype)
             last = x.contiguous(memory_format=torch.channels_last)
             found = {
-                "ours": loss_way(convert_densenet(copy.deepcopy(model)), x), "torchvision": loss_way(model, x),
+                "ours": loss_way(accelerate(copy.deepcopy(model)), x), "torchvision": loss_way(model, x),
                 "channels last": loss_way(copy.deepcopy(model).to(memory_format=torch.channels_last), last),
             }  # fmt: skip
             yield Case("network", name(dtype, f"{title}-B{batch}-{size}") + "-tf32" * tf32, found), tf32

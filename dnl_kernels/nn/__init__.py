@@ -2,9 +2,8 @@
 
 from .accelerate import accelerate, restore
 from .block import DNLBlock
-from .convert import convert_densenet
 from .depth import DenseSum
 from .network import DNLNet
 from .nonlocal2d import NonLocal2d
 
-__all__ = ["DNLBlock", "DNLNet", "DenseSum", "NonLocal2d", "accelerate", "convert_densenet", "restore"]
+__all__ = ["DNLBlock", "DNLNet", "DenseSum", "NonLocal2d", "accelerate", "restore"]

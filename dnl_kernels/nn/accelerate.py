@@ -63,8 +63,8 @@ def accelerate(
     verify: bool = True,
     backend: str | None = None,
 ) -> Any:
-    """Makes the dense blocks, transitions, non-local blocks and depth-weighted averages of `model` run on kernels of this
-    package, in place. The model computes what it computed.
+    """Makes the dense blocks, transitions, non-local blocks and depth-weighted averages of `model` run on kernels of
+    this package, in place. The model computes what it computed.
 
     What changes is how a block runs, not what it is: its submodules, their names, the state_dict, hooks and optimiser
     groups stay, and isinstance holds. Each block gets a subclass of its own class, whose forward reads the tensors of

@@ -173,7 +173,7 @@ class DNLBlock(nn.Module):
     """[x_0 .. x_L] of L densely connected layers: DNL (1), or a DenseNet block. Shapes are in `forward`.
 
     preactivation=True: y_l = tau * sum_j K_{l,j} (*) act(BN_{l,j}(x_j)) [+ A_l x_0 + a_l], x_{l+1} = N(y_l). With
-    kernel="local" N is the identity and this is torchvision's dense block (`from_torchvision`).
+    kernel="local" N is the identity and this is torchvision's dense block.
     preactivation=False, the paper's order: y_l = tau * sum_j K_{l,j} (*) x_j + a_l [+ A_l x_0] and
     x_{l+1} = act(BN(N(y_l))).
     The two differ as eq. (1) and its change of variables (1') do, save for one point: batch normalisation before the
@@ -331,13 +331,6 @@ class DNLBlock(nn.Module):
         if not all(map(all, self.config.connectivity)):
             given.append(f"connectivity={sum(map(sum, self.config.connectivity))} pairs")
         return ", ".join(given)
-
-    @classmethod
-    def from_torchvision(cls, block: nn.Module, *, backend: str | None = None) -> DNLBlock:
-        """The same block as a torchvision `_DenseBlock`: see `convert_dense_block`."""
-        from .convert import convert_dense_block
-
-        return convert_dense_block(block, backend=backend)
 
 
 def _growth_rate(growth_rate: int | Sequence[int], num_layers: int) -> Any:

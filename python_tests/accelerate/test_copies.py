@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from compare import assert_as_good, assert_same, everything, randomise
+from compare import assert_as_good, assert_same, draws_like, everything, randomise
 from copies import CASES
 
 import dnl_kernels as dnl
@@ -37,10 +37,9 @@ def test_equals_the_original(name, training):
 def test_float32_is_as_good_as_the_original(name, training):
     plain, fast, x = both(name, torch.float32, training)
     draws = []
-    for _ in range(5):
-        x = torch.randn_like(x)
-        exact = everything(copy.deepcopy(plain).double(), x.double())
-        draws.append((everything(copy.deepcopy(fast), x), everything(copy.deepcopy(plain), x), exact))
+    for draw in draws_like(x, 5):
+        exact = everything(copy.deepcopy(plain).double(), draw.double())
+        draws.append((everything(copy.deepcopy(fast), draw), everything(copy.deepcopy(plain), draw), exact))
     assert draws[0][0]["output"].dtype == torch.float32
     assert_as_good(draws, torch.finfo(torch.float32).eps)
 
@@ -65,9 +64,8 @@ def test_autocast(name):
             return {"output": model(x)}
 
     draws = []
-    for _ in range(5):
-        x = torch.randn_like(x)
-        draws.append((run(fast, x), run(plain, x), everything(exact_model, x.double())))
+    for draw in draws_like(x, 5):
+        draws.append((run(fast, draw), run(plain, draw), everything(exact_model, draw.double())))
         assert draws[-1][0]["output"].dtype == draws[-1][1]["output"].dtype
     assert_as_good([(f, e, {"output": x["output"]}) for f, e, x in draws], torch.finfo(torch.bfloat16).eps)
 

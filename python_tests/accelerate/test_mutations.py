@@ -127,6 +127,10 @@ def pruned(model):
             prune.random_unstructured(module, "weight", 3)
 
 
+def plus_one(module, inputs):
+    return (inputs[0] + 1,)
+
+
 def one_more(model):
     model.block2["denselayer3"] = type(model.block2.denselayer1)(17, 4, 2).double()
     randomise(model.block2, 4)
@@ -162,7 +166,7 @@ MUTATIONS = {
     "transition with silu": put("transition.relu", lambda old: nn.SiLU()),
     "transition with group norm": put("transition.norm", lambda old: nn.GroupNorm(3, 18)),
     "hook within the transition": lambda model: model.transition.conv.register_forward_hook(lambda m, i, o: 2 * o),
-    "pre-hook within the transition": lambda model: model.transition.pool.register_forward_pre_hook(lambda m, i: (i[0] + 1,)),
+    "pre-hook within the transition": lambda model: model.transition.pool.register_forward_pre_hook(plus_one),
     "eps of the second norm": attribute(f"{B}.norm2", "eps", 0.1),
     "eps of one layer": lambda model: [setattr(n, "eps", 0.1) for n in (later(model).norm1, later(model).norm2)],
     "momentum of one layer": attribute(f"{B}.norm1", "momentum", 0.7),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torchvision.models.densenet import _DenseBlock
 
+import dnl_kernels as dnl
 from dnl_kernels.nn import DNLBlock
 from dnl_kernels.testing import assert_within_budget, relative_error
 
@@ -44,8 +45,7 @@ def test_equals_torchvision(dtype, training):
     """Parameters come in the same order in both, so every gradient meets its own. The budget is that of the worst one:
     the gradient of a norm's bias is a sum that cancels, where either side may be the lucky one."""
     theirs = torchvision_block(dtype=dtype).train(training)
-    ours, exact = DNLBlock.from_torchvision(theirs), copy.deepcopy(theirs).double()
-    assert ours.training == training and ours.out_channels == 14
+    ours, exact = dnl.accelerate(copy.deepcopy(theirs)), copy.deepcopy(theirs).double()
     for _ in range(3):  # several steps, so that the running statistics show their momentum
         x = torch.randn(4, 5, 6, 7, dtype=dtype)
         y, grads = step(ours, x)
@@ -62,33 +62,6 @@ def test_equals_torchvision(dtype, training):
             assert_within_budget(name, a, e, b)
         else:
             assert a == b == (3 if training else 0)
-
-
-def test_from_torchvision_keeps_modes_and_frozen_parameters():
-    theirs = torchvision_block()
-    theirs.denselayer2.conv1.weight.requires_grad_(False)
-    for m in theirs.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.eval()
-    ours = DNLBlock.from_torchvision(theirs)
-    assert (
-        ours.training and not ours.layers[1].affine.weight.requires_grad and ours.layers[1].inner.weight.requires_grad
-    )
-    before = copy.deepcopy(ours.state_dict())
-    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x))  # frozen statistics, as in fine-tuning
-    assert all(torch.equal(before[name], value) for name, value in ours.state_dict().items())
-    ours.layers[0].norm.train()
-    theirs.denselayer1.norm1.train()
-    torch.testing.assert_close(ours(x), theirs(x))  # one of them thaws
-    assert ours.layers[0].norm.num_batches_tracked == 1
-
-
-def test_from_torchvision_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match="drop_rate is 0.5; expected 0"):
-        DNLBlock.from_torchvision(_DenseBlock(2, 3, 2, 3, 0.5))
-    with pytest.raises(TypeError, match="block is of type Conv2d; expected torchvision's _DenseBlock"):
-        DNLBlock.from_torchvision(nn.Conv2d(1, 1, 1))
 
 
 class Plain(nn.Module):

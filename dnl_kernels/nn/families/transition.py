@@ -122,9 +122,8 @@ class TransitionExecutor:
         activation: Any = norm._modules["act"] if path is None else get(self._owner, path)
         if type(norm) is not nn.BatchNorm2d and not (path is None and isinstance(norm, nn.BatchNorm2d)):
             return None
-        if path is None and not (
-            type(norm._modules.get("drop")) is nn.Identity and not layers.plain(norm._modules["drop"])
-        ):
+        drop: Any = norm._modules.get("drop")
+        if path is None and (type(drop) is not nn.Identity or layers.plain(drop)):
             return None
         if (
             layers.plain(norm)
