@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ._checks import as_samples, check_count, check_finite, check_grid, check_shape, check_tensor
-from .depth import CallableKernel, DepthKernel, SampledKernel
+from .depth import CallableKernel, DepthKernel, SampledKernel, locate_between
+from .grids import grid_times, working_dtype
 from .structured import SeparableKernel
 
 Curve = Callable[[Tensor], Tensor]
@@ -33,10 +34,10 @@ class SampledCurve:
         self.times, self.values = times, check_finite("values", values)
 
     def __call__(self, t: Tensor) -> Tensor:
-        grid, values = self.times.to(t), self.values.to(t)
-        cell = (torch.searchsorted(grid, t.detach().contiguous(), right=True) - 1).clamp(0, grid.numel() - 2)
-        lam = ((t - grid[cell]) / (grid[cell + 1] - grid[cell])).reshape(*t.shape, *([1] * (values.ndim - 1)))
-        return (1 - lam) * values[cell] + lam * values[cell + 1]
+        values = self.values.to(t.device, working_dtype(t.dtype))
+        cell, lam = locate_between(self.times, t)
+        lam = lam.reshape(*t.shape, *([1] * (values.ndim - 1)))
+        return ((1 - lam) * values[cell] + lam * values[cell + 1]).to(t.dtype)
 
 
 class BasisCurve:
@@ -105,14 +106,14 @@ class ParameterCurves:
         for name in ("A", "a", "vartheta"):
             value = getattr(self, name)
             if isinstance(value, Tensor):
-                grid = torch.linspace(0, 1, value.shape[0], dtype=value.dtype, device=value.device)
+                grid = grid_times(value.shape[0] - 1, device=value.device)
                 object.__setattr__(self, name, SampledCurve(grid, value))
             elif value is not None and not callable(value):
                 raise TypeError(f"{name} must be a function of t or an array of samples, got {type(value).__name__}")
         for name, shape in (("K", (d, d)), ("b", (d,))):
             value = getattr(self, name)
             if isinstance(value, Tensor):
-                grid = torch.linspace(0, 1, value.shape[0], dtype=value.dtype, device=value.device)
+                grid = grid_times(value.shape[0] - 1, device=value.device)
                 value = SampledKernel(grid, value)
             elif callable(value) and not isinstance(value, DepthKernel):
                 value = CallableKernel(value, shape)
