@@ -22,6 +22,7 @@ class Extension:
     """A function on [0, 1]^arguments made from values on a grid of `layers` cells per direction."""
 
     arguments = 1
+    linear = False  # whether it is continuous: (bi)linear between the nodes
 
     def __init__(self, values: Tensor):
         check_tensor("values", values)
@@ -94,6 +95,8 @@ class PiecewiseConstant(Extension):
 class PiecewiseLinear(Extension):
     """(I_1 u)(t) = (1 - lam) u^l + lam u^{l+1}, lam = (t - t_l) / tau, u^L := u^{L-1}. Source: DNL Def. 3-4 [R]."""
 
+    linear = True
+
     def __call__(self, *points: Tensor) -> Tensor:
         (t,) = points
         cell, right, lam = self._cell(t)
@@ -119,6 +122,8 @@ class PiecewiseBilinear(PiecewiseConstant2d):
 
     lam = (t - t_l) / tau, mu = (s - t_j) / tau, index L := L - 1. Source: DNL Def. 4 (reconstructed).
     """
+
+    linear = True
 
     def __call__(self, *points: Tensor) -> Tensor:
         t, s = torch.broadcast_tensors(*points)

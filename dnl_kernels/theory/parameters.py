@@ -176,6 +176,8 @@ class PackedHistory(TriangleHistory):
     def column(self, column: int) -> Tensor:
         if self.columns is None:
             K, layers = self.parameters.K, self.rows
-            i, j = torch.triu_indices(layers, layers, device=K.device).flip(0)  # column by column: (j, j), (j + 1, j) ..
+            i, j = torch.triu_indices(layers, layers, device=K.device).flip(
+                0
+            )  # column by column: (j, j), (j + 1, j) ..
             self.columns = K.index_select(0, i * (i + 1) // 2 + j).split(list(range(layers, 0, -1)))
         return self.columns[column]

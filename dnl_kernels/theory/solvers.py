@@ -222,9 +222,7 @@ def forward(
             raise ValueError(f"scheme {scheme!r} needs curves: Theta has no values at t_L = 1; use Theta's extension")
         if layers not in (None, parameters.layers):
             raise ValueError(f"layers must be {parameters.layers} like the parameters, or None, got {layers}")
-        source: _ParameterSource | _CurveSource = _ParameterSource(
-            parameters.map(lambda value: value.to(work)), flat
-        )
+        source: _ParameterSource | _CurveSource = _ParameterSource(parameters.map(lambda value: value.to(work)), flat)
     else:
         if layers is None:
             raise ValueError("layers must be given with curves")

@@ -62,7 +62,9 @@ def test_toeplitz_kernels_take_every_uniform_grid(layers, dtype):
     matrices = torch.tensor([[[0.5, -0.2], [0.1, 0.3]]], dtype=torch.float64)
     K = theory.ToeplitzKernel(lambda lag: torch.cos(3 * lag)[..., None], matrices)
     eye = torch.eye(d)
-    curves = ParameterCurves(lambda t: (1 + t)[..., None, None] * eye.to(t), lambda t: 0 * t[..., None].expand(*t.shape, d), K, dim=d)
+    curves = ParameterCurves(
+        lambda t: (1 + t)[..., None, None] * eye.to(t), lambda t: 0 * t[..., None].expand(*t.shape, d), K, dim=d
+    )
     x = torch.tensor([0.5, -0.25], dtype=dtype)
     ours = forward(curves, x, LayerMap(), layers=layers)
     exact = forward(curves, x.double(), LayerMap(), layers=layers).states

@@ -77,7 +77,10 @@ def test_panels_gather_where_the_solution_needs_them():
     """A kink of A at 0.3: only the panels beside it are small, and the tolerance is still met everywhere."""
     eye = torch.ones(1, 1, dtype=torch.float64)
     curves = ParameterCurves(
-        lambda t: (t - 0.3).abs()[..., None, None] * eye, lambda t: 0 * t[..., None], lambda t, s: 1 + 0 * t[..., None, None], dim=1
+        lambda t: (t - 0.3).abs()[..., None, None] * eye,
+        lambda t: 0 * t[..., None],
+        lambda t, s: 1 + 0 * t[..., None, None],
+        dim=1,
     )
     x = torch.ones(1, dtype=torch.float64)
     solution = solve_integral_equation(curves, x, IDENTITY, rtol=1e-9)
