@@ -31,6 +31,7 @@ from .extension import (
     prolong,
     restrict,
 )
+from .integral import Solution, solve_integral_equation
 from .learning import GammaFunctional, LearningProblem, Minimizer, problem_a, problem_b
 from .operators import (
     EmbeddedGaussianKernel,
@@ -49,7 +50,7 @@ from .regularization import (
     regularizer_terms,
 )
 from .sampling import sample_cell_average, sample_pointwise
-from .solvers import Trajectory, forward, solve_integral_equation
+from .solvers import Trajectory, forward
 from .spectral import SobolevPreconditioner, dct_matrix, sobolev_gradient
 from .structured import ExponentialSumKernel, SeparableKernel, ToeplitzKernel
 
@@ -80,6 +81,7 @@ __all__ = [
     "SampledKernel",
     "SeparableKernel",
     "SobolevPreconditioner",
+    "Solution",
     "ToeplitzKernel",
     "Trajectory",
     "adjoint",

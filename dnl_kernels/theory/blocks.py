@@ -88,6 +88,8 @@ def as_block(parameters: DiscreteParameters, phi: LayerMap, *, backend: str | No
     """
     from dnl_kernels.nn import DNLBlock
 
+    if not isinstance(phi, LayerMap):
+        raise TypeError(f"phi must be a LayerMap, got {type(phi).__name__}: a block needs to know its kernel")
     d, operator = parameters.dim, phi.operator
     local = operator is None or isinstance(operator.kernel, LocalKernel)
     if operator is not None and operator.normalization != "row":

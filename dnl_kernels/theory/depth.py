@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_finite, check_grid, check_tensor
+from .grids import working_dtype
 
 BLOCK = 1 << 22  # elements of a kernel evaluated at once; bounds the temporary memory of the dense sums
 
@@ -102,41 +103,87 @@ class SampledKernel(DepthKernel):
 
     def evaluate(self, t: Tensor, s: Tensor) -> Tensor:
         t, s = torch.broadcast_tensors(t, s)
-        values, trailing = self.values.to(t), [1] * len(self.value_shape)
-        i, lam = _locate(self.times.to(t), t)
-        j, mu = _locate(self.times.to(t), s)
+        values, trailing = self.values.to(t.device, working_dtype(t.dtype)), [1] * len(self.value_shape)
+        i, lam = locate_between(self.times, t)
+        j, mu = locate_between(self.times, s)
         lam, mu = lam.reshape(*lam.shape, *trailing), mu.reshape(*mu.shape, *trailing)
         top = (1 - mu) * values[i, j] + mu * values[i, j + 1]
         bottom = (1 - mu) * values[i + 1, j] + mu * values[i + 1, j + 1]
-        return (1 - lam) * top + lam * bottom
+        return ((1 - lam) * top + lam * bottom).to(t.dtype)
 
 
-def _locate(grid: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The cell index and the local coordinate in [0, 1] of each t."""
-    index = (torch.searchsorted(grid, t.detach().contiguous(), right=True) - 1).clamp(0, grid.numel() - 2)
-    return index, (t - grid[index]) / (grid[index + 1] - grid[index])
+def locate_between(grid: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The cell index and the local coordinate in [0, 1] of each t on any grid, found in float64 whatever t's dtype."""
+    grid, wide = grid.to(t.device, torch.float64), t.double()
+    index = (torch.searchsorted(grid, wide.detach().contiguous(), right=True) - 1).clamp(0, grid.numel() - 2)
+    local = (wide - grid[index]) / (grid[index + 1] - grid[index])
+    return index, local.to(working_dtype(t.dtype))
 
 
-class DenseHistory:
-    """sum_j K(t_i, t_j) x_j with K evaluated row by row: O(i) work and O(1) kernel memory per total."""
+class TriangleHistory:
+    """sum_{j <= i} K_{ij} x_j with all K_{ij} read: O(i) work per total.
 
-    def __init__(self, kernel: DepthKernel, times: Tensor):
-        self.kernel, self.times = kernel, times
-        self.states = StateBuffer(times.numel())
+    Without gradients row i is contracted with the states when it is asked for. With gradients every state is instead
+    multiplied by its column of K as it arrives and added to the rows ahead: the graph then has O(1) nodes per state and
+    saves each state once, where rows would save a copy of all earlier states per row.
+
+    Subclasses give `row(i, first, last)`, K_{ij} for first <= j < last, and `column(j)`, K_{ij} for i = j .. rows - 1.
+    """
+
+    def __init__(self, rows: int):
+        self.rows = rows
+        self.states = StateBuffer(rows)
+        self.head: Tensor | None = None  # the sums [d, B] of the row of the newest state ..
+        self.tail: Tensor | None = None  # .. and [m, d, B] of those after it
+
+    def row(self, row: int, first: int, last: int) -> Tensor:
+        raise NotImplementedError
+
+    def column(self, column: int) -> Tensor:
+        raise NotImplementedError
 
     def push(self, state: Tensor) -> None:
         self.states.append(state)
+        if self.head is not None:
+            self._add(len(self.states) - 1)
+        elif state.requires_grad and torch.is_grad_enabled():
+            for column in range(len(self.states)):
+                self._add(column)
+
+    def _add(self, column: int) -> None:
+        state, matrices = self.states.list[column], self.column(column)
+        m, d, _ = matrices.shape
+        sums = (matrices.reshape(m * d, d) @ state.transpose(0, 1)).reshape(m, d, state.shape[0])
+        sums = sums if self.tail is None else self.tail + sums
+        head, self.tail = sums.split([1, m - 1])
+        self.head = head[0]
 
     def total(self, row: int) -> Tensor:
+        count = len(self.states)
+        if self.head is not None and self.tail is not None:
+            sums = self.head if row == count - 1 else self.tail[row - count]
+            return sums.transpose(0, 1)
         states = self.states.stacked()
-        count, _, d = states.shape
-        chunk = max(1, BLOCK // (d * d))
+        chunk = max(1, BLOCK // states.shape[2] ** 2)
         parts = []
         for first in range(0, count, chunk):
             last = min(first + chunk, count)
-            matrices = self.kernel.evaluate(self.times[row].expand(last - first), self.times[first:last])
-            parts.append(contract(matrices, states[first:last]))
+            parts.append(contract(self.row(row, first, last), states[first:last]))
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+class DenseHistory(TriangleHistory):
+    """`TriangleHistory` with K evaluated as it is needed: no memory for K without gradients."""
+
+    def __init__(self, kernel: DepthKernel, times: Tensor):
+        super().__init__(times.numel())
+        self.kernel, self.times = kernel, times
+
+    def row(self, row: int, first: int, last: int) -> Tensor:
+        return self.kernel.evaluate(self.times[row].expand(last - first), self.times[first:last])
+
+    def column(self, column: int) -> Tensor:
+        return self.kernel.evaluate(self.times[column:], self.times[column].expand(self.rows - column))
 
 
 def contract(matrices: Tensor, states: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ._checks import check_count, check_tensor
 from .curves import NAMES, ParameterCurves
 from .depth import CallableKernel
+from .grids import grid_times, locate
 from .parameters import ONE_INDEX, DiscreteParameters, flip, pack
 from .quadrature import composite_rule
 
@@ -21,6 +22,7 @@ class Extension:
     """A function on [0, 1]^arguments made from values on a grid of `layers` cells per direction."""
 
     arguments = 1
+    linear = False  # whether it is continuous: (bi)linear between the nodes
 
     def __init__(self, values: Tensor):
         check_tensor("values", values)
@@ -35,10 +37,8 @@ class Extension:
 
     def _cell(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cell l, its right neighbour (index L copied from L - 1) and the local coordinate, shaped for broadcasting."""
-        position = t * self.layers
-        # A node (l / L) * L may round just below l; the tolerance keeps samples of an extension exact.
-        cell = (position.detach() + 1e-12 * self.layers).floor().long().clamp(0, self.layers - 1)
-        local = (position - cell).reshape(*t.shape, *([1] * (self.values.ndim - self.arguments)))
+        cell, local = locate(t, self.layers)
+        local = local.reshape(*t.shape, *([1] * (self.values.ndim - self.arguments)))
         return cell, (cell + 1).clamp_max(self.layers - 1), local
 
     def l2_distance(self, other: Callable, cells: int | None = None) -> Tensor:
@@ -53,16 +53,16 @@ class Extension:
         nodes, weights = composite_rule(count, order, dtype=self.values.dtype)
         if self.arguments == 1:
             gap = self(nodes) - other(nodes)
-            return torch.einsum("l,l->", weights, gap.square().flatten(1).sum(1)).sqrt()
+            return root(torch.einsum("l,l->", weights, gap.square().flatten(1).sum(1)))
         total = self.values.new_zeros(())
         for t, w in zip(nodes.split(256), weights.split(256), strict=True):
             gap = self(t[:, None], nodes[None]) - other(t[:, None], nodes[None])
             total = total + torch.einsum("l,j,lj->", w, weights, gap.square().flatten(2).sum(2))
-        return total.sqrt()
+        return root(total)
 
     def sup_distance(self, other: Callable, cells: int | None = None) -> Tensor:
         """max |u - v| over the vertices and midpoints of the common refinement; exact for continuous extensions."""
-        points = torch.linspace(0, 1, 2 * self._cells(other, cells) + 1, dtype=self.values.dtype)
+        points = grid_times(2 * self._cells(other, cells), dtype=self.values.dtype, device=self.values.device)
         if self.arguments == 1:
             return torch.linalg.vector_norm((self(points) - other(points)).flatten(1), dim=1).max()
         worst = []
@@ -78,6 +78,12 @@ class Extension:
         return min(math.lcm(self.layers, theirs), max(FINEST, self.layers))
 
 
+def root(square: Tensor) -> Tensor:
+    """The square root of a sum of squares, with the norm's subgradient 0 at 0 where sqrt has inf."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, torch.ones_like(square)).sqrt(), 0 * square)
+
+
 class PiecewiseConstant(Extension):
     """(I_0 u)(t) = u^l on [t_l, t_{l+1}). Source: DNL Def. 3 (reconstructed)."""
 
@@ -88,6 +94,8 @@ class PiecewiseConstant(Extension):
 
 class PiecewiseLinear(Extension):
     """(I_1 u)(t) = (1 - lam) u^l + lam u^{l+1}, lam = (t - t_l) / tau, u^L := u^{L-1}. Source: DNL Def. 3-4 [R]."""
+
+    linear = True
 
     def __call__(self, *points: Tensor) -> Tensor:
         (t,) = points
@@ -114,6 +122,8 @@ class PiecewiseBilinear(PiecewiseConstant2d):
 
     lam = (t - t_l) / tau, mu = (s - t_j) / tau, index L := L - 1. Source: DNL Def. 4 (reconstructed).
     """
+
+    linear = True
 
     def __call__(self, *points: Tensor) -> Tensor:
         t, s = torch.broadcast_tensors(*points)
@@ -164,7 +174,7 @@ def distance(first: DiscreteParameters, second: DiscreteParameters, kind: str = 
         raise ValueError(f"kind must be 'l2' or 'sup', got {kind!r}")
     ours, theirs = extend(first), extend(second)
     if kind == "l2":
-        return torch.stack([ours[name].l2_distance(theirs[name]) for name in NAMES]).square().sum().sqrt()
+        return torch.linalg.vector_norm(torch.stack([ours[name].l2_distance(theirs[name]) for name in NAMES]))
     return torch.stack([ours[name].sup_distance(theirs[name]) for name in NAMES]).max()
 
 
@@ -174,11 +184,12 @@ def prolong(parameters: DiscreteParameters, layers: int) -> DiscreteParameters:
     For layers = 2 L it keeps every value of Theta at the even indices; `restrict` is then its exact inverse.
     """
     check_count("layers", layers)
-    t = torch.arange(layers, dtype=parameters.A.dtype, device=parameters.A.device) / layers
+    A = parameters.A
+    t = grid_times(layers, device=A.device, last=False)  # float64: node l of one grid is recognised on the other
     e = extend(parameters)
     t_i, s_j = torch.meshgrid(t, t, indexing="ij")
     values = {name: e[name](t) if name in ONE_INDEX else pack(e[name](t_i, s_j)) for name in NAMES}
-    return DiscreteParameters(**values)
+    return DiscreteParameters(**values).map(lambda value: value.to(A.dtype))
 
 
 def restrict(parameters: DiscreteParameters, layers: int) -> DiscreteParameters:

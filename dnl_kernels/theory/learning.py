@@ -12,12 +12,13 @@ from torch import Tensor
 from ._checks import check_choice, check_count, check_exponent, check_finite, check_tensor
 from .curves import ParameterCurves
 from .extension import extend, prolong
+from .integral import solve_integral_equation
 from .lbfgs import minimize_lbfgs
 from .operators import LayerMap
 from .parameters import TWO_INDEX, DiscreteParameters
 from .regularization import regularizer, regularizer_continuous
 from .sampling import sample_pointwise
-from .solvers import forward, solve_integral_equation
+from .solvers import forward
 from .spectral import SobolevPreconditioner
 
 Loss = Callable[[Tensor, Tensor], Tensor]

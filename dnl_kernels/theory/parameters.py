@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._checks import check_count, check_shape, check_tensor
 from .curves import NAMES
-from .depth import StateBuffer, contract
+from .depth import TriangleHistory
 
 ONE_INDEX = ("A", "a", "vartheta")
 TWO_INDEX = ("K", "b")
@@ -137,6 +137,10 @@ class DiscreteParameters:
         first = triangle_size(layer)
         return getattr(self, name)[first : first + layer + 1]
 
+    def rows(self, name: str) -> tuple[Tensor, ...]:
+        """All rows of K or b, cut once: the backward pass of one view per row would touch the whole triangle each."""
+        return getattr(self, name).split(list(range(1, self.layers + 1)))
+
     def norm(self) -> Tensor:
         """||Theta|| = max of ||A^l||, |a^l|, ||K^{l,j}||, |b^{l,j}|, |vartheta^l|: spectral and Euclidean norms.
 
@@ -158,15 +162,22 @@ class DiscreteParameters:
         return PackedHistory(self)
 
 
-class PackedHistory:
-    """sum_{j <= l} K^{l,j} x^j from the stored rows: the dense recursion itself."""
+class PackedHistory(TriangleHistory):
+    """sum_{j <= l} K^{l,j} x^j from the stored triangle: the dense recursion itself."""
 
     def __init__(self, parameters: DiscreteParameters):
+        super().__init__(parameters.layers)
         self.parameters = parameters
-        self.states = StateBuffer(parameters.layers)
+        self.columns: tuple[Tensor, ...] | None = None
 
-    def push(self, state: Tensor) -> None:
-        self.states.append(state)
+    def row(self, row: int, first: int, last: int) -> Tensor:
+        return self.parameters.row("K", row)[first:last]
 
-    def total(self, row: int) -> Tensor:
-        return contract(self.parameters.row("K", row), self.states.stacked())
+    def column(self, column: int) -> Tensor:
+        if self.columns is None:
+            K, layers = self.parameters.K, self.rows
+            i, j = torch.triu_indices(layers, layers, device=K.device).flip(
+                0
+            )  # column by column: (j, j), (j + 1, j) ..
+            self.columns = K.index_select(0, i * (i + 1) // 2 + j).split(list(range(layers, 0, -1)))
+        return self.columns[column]

@@ -16,9 +16,17 @@ ANCHORS = ("mean", "initial")
 
 
 def power(u: Tensor, p: float, keep: int) -> Tensor:
-    """|u|_F^p over all dimensions after the first `keep`."""
+    """|u|_F^p over all dimensions after the first `keep`, with the derivatives that it has at 0.
+
+    For p > 2 it is twice differentiable there with value, gradient and Hessian 0. Of (|u|^2)^(p/2) the second
+    derivative at 0 is inf * 0 for p < 4; so |u| below the square root of the smallest normal number counts as 0.
+    """
     squares = u.flatten(keep).square().sum(-1) if u.ndim > keep else u.square()
-    return squares if p == 2 else squares ** (p / 2)
+    if p == 2:
+        return squares
+    present = squares > torch.finfo(squares.dtype).tiny
+    powers = torch.where(present, squares, torch.ones_like(squares)) ** (p / 2)
+    return torch.where(present, powers, torch.zeros_like(powers))
 
 
 def one_index_terms(u: Tensor, *, p: float = 2, anchor: str = "mean") -> tuple[Tensor, Tensor]:

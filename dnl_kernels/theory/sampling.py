@@ -8,6 +8,7 @@ from torch import Tensor
 from ._checks import check_count, check_finite
 from .curves import ParameterCurves
 from .depth import BLOCK, DepthKernel
+from .grids import grid_times, working_dtype
 from .parameters import DiscreteParameters
 from .quadrature import duffy_rule, gauss_legendre
 
@@ -27,12 +28,13 @@ def sample_pointwise(
     Source: DNL Cor. 5 (reconstructed).
     """
     check_count("layers", layers)
-    t = torch.arange(layers, dtype=dtype, device=device) / layers
+    t = grid_times(layers, dtype=dtype, device=device, last=False)
 
     def kernel(k: DepthKernel) -> Tensor:
         return torch.cat([k.evaluate(t[row].expand(row + 1), t[: row + 1]) for row in range(layers)])
 
-    return _assemble(curves, curves.A(t), curves.a(t), kernel, None if curves.vartheta is None else curves.vartheta(t))
+    vartheta = None if curves.vartheta is None else curves.vartheta(t)
+    return _assemble(curves, curves.A(t), curves.a(t), kernel, vartheta, dtype)
 
 
 def sample_cell_average(
@@ -52,9 +54,10 @@ def sample_cell_average(
     Source: DNL (29) (reconstructed).
     """
     check_count("layers", layers)
-    g, w = gauss_legendre(quad_order, dtype=dtype, device=device)
-    u, v, duffy = duffy_rule(quad_order, dtype=dtype, device=device)
-    left = torch.arange(layers, dtype=dtype, device=device)
+    work = working_dtype(dtype)
+    g, w = gauss_legendre(quad_order, dtype=work, device=device)
+    u, v, duffy = duffy_rule(quad_order, dtype=work, device=device)
+    left = torch.arange(layers, dtype=work, device=device)
     nodes = (left[:, None] + g) / layers
 
     def curve(values: Tensor) -> Tensor:
@@ -73,10 +76,12 @@ def sample_cell_average(
         return torch.cat(rows)
 
     vartheta = None if curves.vartheta is None else curve(curves.vartheta(nodes))
-    return _assemble(curves, curve(curves.A(nodes)), curve(curves.a(nodes)), kernel, vartheta)
+    return _assemble(curves, curve(curves.A(nodes)), curve(curves.a(nodes)), kernel, vartheta, dtype)
 
 
-def _assemble(curves: ParameterCurves, A: Tensor, a: Tensor, kernel, vartheta: Tensor | None) -> DiscreteParameters:
+def _assemble(
+    curves: ParameterCurves, A: Tensor, a: Tensor, kernel, vartheta: Tensor | None, dtype: torch.dtype
+) -> DiscreteParameters:
     layers = A.shape[0]
     K = kernel(curves.K)
     b = K.new_zeros(K.shape[0], curves.dim) if curves.b is None else kernel(curves.b)
@@ -84,4 +89,4 @@ def _assemble(curves: ParameterCurves, A: Tensor, a: Tensor, kernel, vartheta: T
     parameters = DiscreteParameters(A, a, K, b, vartheta)
     for name, value in parameters.items():
         check_finite(f"the curve {name}", value.detach())
-    return parameters
+    return parameters.map(lambda value: value.to(dtype))

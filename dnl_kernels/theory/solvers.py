@@ -1,8 +1,8 @@
-"""The discrete recursion (1), second-order quadratures of the integral equation (7), and its extrapolated solution."""
+"""The discrete recursion (1) and second-order quadratures of the integral equation (7)."""
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor
 from ._checks import check_choice, check_count, check_finite, check_tensor
 from .curves import ParameterCurves
 from .depth import History
-from .orders import richardson
+from .grids import grid_times, locate, working_dtype
 from .parameters import DiscreteParameters
 
 SCHEMES = ("euler", "trapezoid", "trapezoid_implicit")
@@ -29,12 +29,14 @@ class Trajectory:
         times: [L + 1], 0 to 1.
         states: [L + 1, ..., d].
         degree: of the interpolating polynomials: 1 where the states are first-order accurate.
+        first: what x^0 is, "input" or "lifted" (see `forward`).
     """
 
     times: Tensor
     states: Tensor
     degree: int = 1
     info: dict = field(default_factory=dict)
+    first: str = "input"
 
     @property
     def layers(self) -> int:
@@ -46,22 +48,30 @@ class Trajectory:
         return self.states[-1]
 
     def __call__(self, t: Tensor | float) -> Tensor:
-        """x(t) for t in [0, 1]: [*t.shape, ..., d]; exact at the grid points."""
-        t = torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device)
-        if bool(((t < 0) | (t > 1)).any()):
-            raise ValueError("t must lie in [0, 1]")
+        """x(t) for t in [0, 1]: [*t.shape, ..., d]; exact at the grid points.
+
+        Between them it is as accurate as polynomials through the states are, which is not what the states are. For a
+        solution that is good everywhere see `solve_integral_equation`.
+        """
+        t = self._points(t)
         layers, degree = self.layers, min(self.degree, self.layers)
-        cell = (t * layers).floor().long().clamp(0, layers - 1)
+        cell, local = locate(t, layers)
         first = (cell - (degree - 1) // 2).clamp(0, layers - degree)
-        position = t * layers - first
-        out = torch.zeros_like(self.states[cell])
+        position = local + (cell - first)
+        out = torch.zeros_like(self.states[cell], dtype=working_dtype(self.states.dtype))
         for i in range(degree + 1):
             weight = torch.ones_like(position)
             for j in range(degree + 1):
                 if j != i:
                     weight = weight * (position - j) / (i - j)
             out = out + weight.reshape(*t.shape, *([1] * (self.states.ndim - 1))) * self.states[first + i]
-        return out
+        return out.to(self.states.dtype)
+
+    def _points(self, t: Tensor | float) -> Tensor:
+        t = torch.as_tensor(t, dtype=self.times.dtype, device=self.times.device)
+        if bool(((t < 0) | (t > 1)).any()):
+            raise ValueError("t must lie in [0, 1]")
+        return t
 
     def distance(self, other: Trajectory, *, first: int = 1) -> float:
         """max over the common grid points l >= first of |x^l - y^l| (Euclidean in d, maximum over the batch)."""
@@ -69,7 +79,8 @@ class Trajectory:
         if large.layers % small.layers:
             raise ValueError(f"grids must be nested, got L = {small.layers} and L = {large.layers}")
         gap = small.states - large.states[:: large.layers // small.layers]
-        return torch.linalg.vector_norm(gap[first:], dim=-1).max().item()
+        sizes = torch.linalg.vector_norm(gap[first:], dim=-1)
+        return sizes.max().item() if sizes.numel() else 0.0
 
 
 class _CurveSource:
@@ -77,13 +88,15 @@ class _CurveSource:
 
     def __init__(self, curves: ParameterCurves, layers: int, x: Tensor):
         self.curves, self.x, self.layers = curves, x, layers
-        self.times = torch.arange(layers + 1, dtype=x.dtype, device=x.device) / layers
-        self.bias = None if curves.b is None else curves.b.row_sums(self.times)
+        self.times = grid_times(layers, dtype=x.dtype, device=x.device)
+        # Cut into layers once: the backward pass of one index per layer would touch the whole tensor every time.
+        self.bias = None if curves.b is None else curves.b.row_sums(self.times).unbind()
         self.vartheta = None
         if curves.vartheta is not None:
-            self.vartheta = curves.vartheta(self.times)
-            check_finite("the curve vartheta", self.vartheta.detach())
-        self.chunks: dict[str, tuple[int, Tensor]] = {}
+            vartheta = curves.vartheta(self.times)
+            check_finite("the curve vartheta", vartheta.detach())
+            self.vartheta = vartheta.unbind()
+        self.chunks: dict[str, tuple[int, tuple[Tensor, ...]]] = {}
 
     def history(self) -> History:
         return self.curves.K.history(self.times)
@@ -91,7 +104,7 @@ class _CurveSource:
     def _chunked(self, name: str, i: int, evaluate: Callable[[Tensor], Tensor]) -> Tensor:
         first = i - i % CHUNK
         if name not in self.chunks or self.chunks[name][0] != first:
-            self.chunks[name] = (first, evaluate(self.times[first : first + CHUNK]))
+            self.chunks[name] = (first, evaluate(self.times[first : first + CHUNK]).unbind())
         return self.chunks[name][1][i - first]
 
     def forcing(self, i: int) -> Tensor:
@@ -134,7 +147,10 @@ class _ParameterSource:
 
     def __init__(self, parameters: DiscreteParameters, x: Tensor):
         self.parameters, self.layers = parameters, parameters.layers
-        self.forcings = torch.einsum("lab,nb->lna", parameters.A, x) + parameters.a[:, None]
+        # Cut into layers once, see _CurveSource.
+        self.forcings = (torch.einsum("lab,nb->lna", parameters.A, x) + parameters.a[:, None]).unbind()
+        self.biases = [row.sum(0) for row in parameters.rows("b")]
+        self.vartheta = parameters.vartheta.unbind() if parameters.vartheta.shape[1] else None
 
     def history(self) -> History:
         return self.parameters.history()
@@ -143,10 +159,10 @@ class _ParameterSource:
         return self.forcings[i]
 
     def bias_sum(self, i: int) -> Tensor:
-        return self.parameters.row("b", i).sum(0)
+        return self.biases[i]
 
     def parameters_at(self, i: int) -> Tensor | None:
-        return self.parameters.vartheta[i] if self.parameters.vartheta.shape[1] else None
+        return None if self.vartheta is None else self.vartheta[i]
 
     def check_finite(self) -> None:
         for name, value in self.parameters.items():
@@ -175,7 +191,8 @@ def forward(
 
     Args:
         parameters: Theta, or curves with `layers`; structured depth kernels keep their O(L) or O(L log^2 L) cost.
-        x: inputs [..., d]; their dtype and device are those of the computation.
+        x: inputs [..., d], of any batch, an empty one too; their dtype and device are those of the computation, except
+            that half precision is computed in float32 and rounded once.
         phi: the layer map (y [B, d], vartheta [v] or None) -> [B, d], e.g. `LayerMap`.
         layers: L >= 1, for curves only.
         scheme: "euler", "trapezoid" or "trapezoid_implicit"; the last two need curves.
@@ -198,13 +215,14 @@ def forward(
     dim = parameters.dim
     if x.ndim < 1 or x.shape[-1] != dim:
         raise ValueError(f"x must have shape [..., {dim}], got {list(x.shape)}")
-    flat = x.reshape(-1, dim)
+    work = working_dtype(x.dtype)
+    flat = flatten_batch(x, dim).to(work)
     if isinstance(parameters, DiscreteParameters):
         if scheme != "euler":
             raise ValueError(f"scheme {scheme!r} needs curves: Theta has no values at t_L = 1; use Theta's extension")
         if layers not in (None, parameters.layers):
             raise ValueError(f"layers must be {parameters.layers} like the parameters, or None, got {layers}")
-        source: _ParameterSource | _CurveSource = _ParameterSource(parameters, flat)
+        source: _ParameterSource | _CurveSource = _ParameterSource(parameters.map(lambda value: value.to(work)), flat)
     else:
         if layers is None:
             raise ValueError("layers must be given with curves")
@@ -213,23 +231,29 @@ def forward(
     if isinstance(source, _ParameterSource) or scheme == "euler":
         states, guard = _euler(source, start, phi)
     else:
-        tolerance = 4 * torch.finfo(x.dtype).eps if tolerance is None else tolerance
+        tolerance = 4 * torch.finfo(work).eps if tolerance is None else tolerance
         states, guard = _trapezoid(source, start, phi, scheme == "trapezoid_implicit", tolerance, max_iterations)
     stacked = torch.stack(states)
-    # A bounded activation hides an infinite pre-activation: `guard`, the sum of all, does not.
-    if not bool(torch.isfinite(guard) & torch.isfinite(stacked.detach()).all()):
+    # A bounded activation hides an infinite pre-activation: `guard`, whether all were finite, does not.
+    if not bool(guard & torch.isfinite(stacked.detach()).all()):
         source.check_finite()
         check_finite("states", stacked.detach())
-    times = torch.arange(source.layers + 1, dtype=x.dtype, device=x.device) / source.layers
-    return Trajectory(times, stacked.reshape(-1, *x.shape), 1 if scheme == "euler" else 3)
+    times = grid_times(source.layers, dtype=x.dtype, device=x.device)
+    states_of_x = stacked.reshape(source.layers + 1, *x.shape).to(x.dtype)
+    return Trajectory(times, states_of_x, 1 if scheme == "euler" else 3, first=first)
+
+
+def flatten_batch(x: Tensor, dim: int) -> Tensor:
+    """[..., d] as [B, d]; B may be 0, whose size reshape cannot infer."""
+    return x.reshape(math.prod(x.shape[:-1]), dim)
 
 
 def _euler(source: _CurveSource | _ParameterSource, x: Tensor, phi: LayerFunction) -> tuple[list[Tensor], Tensor]:
-    history, tau, states, guard = source.history(), 1 / source.layers, [x], x.new_zeros(())
+    history, tau, states, guard = source.history(), 1 / source.layers, [x], _nothing_seen(x)
     for i in range(source.layers):
         history.push(x)
         y = source.forcing(i) + tau * (history.total(i) + source.bias_sum(i))
-        guard = guard + y.detach().sum()
+        guard = guard & torch.isfinite(y.detach()).all()
         x = phi(y, source.parameters_at(i))
         states.append(x)
     return states, guard
@@ -238,12 +262,12 @@ def _euler(source: _CurveSource | _ParameterSource, x: Tensor, phi: LayerFunctio
 def _trapezoid(
     source: _CurveSource, x: Tensor, phi: LayerFunction, implicit: bool, tolerance: float, max_iterations: int
 ) -> tuple[list[Tensor], Tensor]:
-    history, tau, states, guard = source.history(), 1 / source.layers, [x], x.new_zeros(())
+    history, tau, states, guard = source.history(), 1 / source.layers, [x], _nothing_seen(x)
     history.push(x / 2)
     for i in range(1, source.layers + 1):
         base = source.forcing(i) + tau * (history.total(i) + source.bias_trapezoid(i))
         end, vartheta = tau / 2 * source.diagonal(i).transpose(0, 1), source.parameters_at(i)
-        guard = guard + base.detach().sum() + end.detach().sum()
+        guard = guard & torch.isfinite(base.detach()).all() & torch.isfinite(end.detach()).all()
         if implicit:
             guess = 2 * x - states[-2] if len(states) > 1 else x
             step = partial(_implicit_step, phi, base, end, vartheta)
@@ -257,6 +281,10 @@ def _trapezoid(
         states.append(x)
         history.push(x)
     return states, guard
+
+
+def _nothing_seen(x: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.bool, device=x.device)
 
 
 def _implicit_step(phi: LayerFunction, base: Tensor, end: Tensor, vartheta: Tensor | None, x: Tensor) -> Tensor:
@@ -274,56 +302,3 @@ def _fixed_point(step: Callable[[Tensor], Tensor], x: Tensor, tolerance: float, 
         f"the implicit end value did not converge in {max_iterations} iterations (last change {change.item():.1e}): "
         "tau / 2 * Lip(phi) * ||K|| must be < 1, use more layers"
     )
-
-
-def solve_integral_equation(
-    curves: ParameterCurves,
-    x: Tensor,
-    phi: LayerFunction,
-    *,
-    rtol: float = 1e-10,
-    layers: int = 64,
-    max_layers: int = 8192,
-) -> Trajectory:
-    """x(t) = phi(y(t), vartheta(t)),  y(t) = A(t) x + a(t) + int_0^t (K(t, s) x(s) + b(t, s)) ds, by extrapolation.
-
-    The implicit trapezoid on L, 2L, 4L, .. layers has an error expansion in even powers of tau for smooth data, so
-    Romberg's table gains two orders per column. It stops when the last two diagonal entries agree to rtol.
-
-    Args:
-        curves, x, phi: as in `forward`.
-        rtol: wanted accuracy, relative to the largest |x^l|.
-        layers: the coarsest grid, on which the result is given (dense output between its points).
-        max_layers: the finest grid tried.
-
-    Returns:
-        A Trajectory on `layers` cells; `info` holds "error" (the last difference, an estimate), "converged", and
-        "layers" (the finest grid). Non-smooth data (ReLU's kinks) stop the gain: "converged" is then False, with a
-        warning.
-
-    Source: DNL (7) (reconstructed).
-    """
-    if not rtol > 0:
-        raise ValueError(f"rtol must be > 0, got {rtol}")
-    check_count("layers", layers, 2)
-    check_count("max_layers", max_layers, layers)
-    table: list[Tensor] = []
-    error, level = float("inf"), layers
-    while level <= max_layers:
-        fine = forward(curves, x, phi, layers=level, scheme="trapezoid_implicit").states[:: level // layers]
-        row = [fine]
-        for column, coarse in enumerate(table):
-            row.append(richardson(coarse, row[column], 2 * (column + 1)))
-        if table:
-            scale = max(fine.detach().abs().max().item(), torch.finfo(x.dtype).tiny)
-            error = (row[-1] - table[-1]).detach().abs().max().item() / scale
-        table = row
-        if error <= rtol:
-            break
-        level *= 2
-    converged = error <= rtol
-    if not converged:
-        warnings.warn(f"solve_integral_equation: error estimate {error:.1e} > rtol {rtol:.1e}", stacklevel=2)
-    times = torch.arange(layers + 1, dtype=x.dtype, device=x.device) / layers
-    info = {"error": error, "converged": converged, "layers": min(level, max_layers)}
-    return Trajectory(times, table[-1], 7, info)

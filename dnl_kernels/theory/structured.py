@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._checks import check_tensor
 from .depth import DepthKernel, History, StateBuffer
+from .grids import check_uniform
 
 NEAR = 512  # Toeplitz: states summed by products; below it an FFT is slower
 STRIDE = 16  # Toeplitz: rows that share one product over the earlier states of their NEAR
@@ -63,7 +64,7 @@ class _SeparableHistory:
     """Z_q = sum_j g_q(t_j) x_j; K's row sum is then sum_q (sum_m f_m(t_i) C_mq) Z_q."""
 
     def __init__(self, kernel: SeparableKernel, times: Tensor):
-        self.left, self.right = kernel.left(times), kernel.right(times)
+        self.left, self.right = kernel.left(times).unbind(), kernel.right(times).unbind()
         c = kernel.coefficients.to(times)
         self.modes, self.rank, d, _ = c.shape
         self.flat = c.transpose(2, 3).reshape(self.modes, self.rank * d * d)
@@ -134,7 +135,7 @@ class _ExponentialHistory:
 
     def __init__(self, kernel: ExponentialSumKernel, times: Tensor):
         gaps = torch.diff(times, prepend=times[:1])
-        self.decay = torch.exp(-kernel.rates.to(times) * gaps[:, None])
+        self.decay = torch.exp(-kernel.rates.to(times) * gaps[:, None]).unbind()
         matrices = kernel.matrices.to(times)
         self.mix = matrices.transpose(1, 2).reshape(-1, matrices.shape[1])
         self.sums = times.new_zeros(())
@@ -162,9 +163,7 @@ class _ToeplitzHistory:
     """
 
     def __init__(self, kernel: ToeplitzKernel, times: Tensor):
-        steps = torch.diff(times)
-        if bool(((steps - steps[0]).abs() > 1e-9 * steps[0]).any()):
-            raise ValueError("times must be a uniform grid for a Toeplitz kernel (K depends on t - s by index)")
+        check_uniform("times", times)
         weights = kernel.profile(times - times[0])  # [m, R], by lag
         self.near = _Near(weights)
         matrices = kernel.matrices.to(times)

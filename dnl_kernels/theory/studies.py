@@ -21,6 +21,7 @@ from .bounds import (
 from .curves import ParameterCurves, derivative
 from .dynamics import RATES, descend
 from .extension import distance
+from .integral import solve_integral_equation
 from .learning import LearningProblem, Minimizer
 from .operators import LayerMap
 from .orders import OrderTable
@@ -32,7 +33,7 @@ from .regularization import (
     regularizer_terms,
 )
 from .sampling import sample_cell_average, sample_pointwise
-from .solvers import LayerFunction, Trajectory, forward, solve_integral_equation
+from .solvers import LayerFunction, Trajectory, forward
 
 Reference = Callable[[ParameterCurves, Tensor, LayerFunction, Tensor], Tensor]
 SCHEME_ORDERS = {"euler": 1.0, "trapezoid": 2.0, "trapezoid_implicit": 2.0}
@@ -98,7 +99,7 @@ def forward_study(
                 expected = SCHEME_ORDERS[scheme]
                 study.tables.append(OrderTable(f"{name}, {scheme}", tuple(levels), tuple(errors), expected))
     study.facts = {
-        "reference": "given solver" if reference else "extrapolated implicit trapezoid",
+        "reference": "given solver" if reference else "collocation",
         "reference_against_extrapolation": agreement,
     }
     return study
@@ -110,7 +111,7 @@ def _reference(curves, x, phi, levels, reference, rough) -> tuple[Trajectory, fl
     if not rough:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            own = solve_integral_equation(curves, x, phi, rtol=1e-12, layers=levels[0], max_layers=4096)
+            own = solve_integral_equation(curves, x, phi, rtol=1e-12, layers=levels[0])
     if reference is None:
         if own is None:
             fine = forward(curves, x, phi, layers=4 * levels[-1], scheme="trapezoid_implicit")

@@ -289,5 +289,5 @@ def test_a_step_too_large_for_the_fixed_point_says_so():
 def test_unconverged_solutions_warn():
     curves, x, phi = problem("softmax", "relu")
     with pytest.warns(UserWarning, match="error estimate"):
-        solution = solve_integral_equation(curves, x, phi, rtol=1e-13, max_layers=128)
+        solution = solve_integral_equation(curves, x, phi, rtol=1e-13, max_points=256)
     assert not solution.info["converged"]
