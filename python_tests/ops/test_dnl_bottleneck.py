@@ -1,7 +1,6 @@
 """A bottleneck block in evaluation, csrc/dnl_bottleneck, against the reference in float64; when it runs, and when the
 weights that it keeps packed are packed again."""
 
-
 import pytest
 import torch
 
