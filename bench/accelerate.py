@@ -1,5 +1,6 @@
 """`dnl.accelerate` on the networks of well-known packages: `python -m bench.accelerate` prints the table of
-docs/accelerate.md. Errors in float64; memory and times in float32, alternating in one process, medians."""
+docs/accelerate.md. Errors in float64; memory and times in float32: processor time of one thread, alternating, medians.
+Not a timing on a quiet machine: bench/test_networks.py has those."""
 
 from __future__ import annotations
 
@@ -16,31 +17,31 @@ import dnl_kernels as dnl
 def densenet():
     import torchvision
 
-    return torchvision.models.densenet121(num_classes=10), (2, 3, 96, 96)
+    return torchvision.models.densenet121(num_classes=10), (2, 3, 64, 64)
 
 
 def timm():
     from timm import create_model
 
-    return create_model("densenet121", num_classes=10), (2, 3, 96, 96)
+    return create_model("densenet121", num_classes=10), (2, 3, 64, 64)
 
 
 def monai():
     from monai.networks.nets import DenseNet
 
-    return DenseNet(3, 1, 2, init_features=16, growth_rate=8, block_config=(4, 8)), (2, 1, 32, 32, 32)
+    return DenseNet(3, 1, 2, init_features=16, growth_rate=8, block_config=(4, 8)), (2, 1, 24, 24, 24)
 
 
 def xray():
     from torchxrayvision.models import DenseNet
 
-    return DenseNet(), (2, 1, 96, 96)
+    return DenseNet(), (2, 1, 64, 64)
 
 
 def segmentation():
     import segmentation_models_pytorch as smp
 
-    return smp.Unet("densenet121", encoder_weights=None), (1, 3, 96, 96)
+    return smp.Unet("densenet121", encoder_weights=None), (1, 3, 64, 64)
 
 
 def spandrel():
@@ -56,11 +57,11 @@ def non_local():
 
 
 CASES = {
-    "torchvision densenet121, 96 x 96, B = 2": densenet,
-    "timm densenet121, 96 x 96, B = 2": timm,
-    "MONAI DenseNet 3-d, 12 layers, 32^3, B = 2": monai,
-    "torchxrayvision DenseNet, 96 x 96, B = 2": xray,
-    "segmentation_models_pytorch Unet densenet121, 96 x 96": segmentation,
+    "torchvision densenet121, 64 x 64, B = 2": densenet,
+    "timm densenet121, 64 x 64, B = 2": timm,
+    "MONAI DenseNet 3-d, 12 layers, 24^3, B = 2": monai,
+    "torchxrayvision DenseNet, 64 x 64, B = 2": xray,
+    "segmentation_models_pytorch Unet densenet121, 64 x 64": segmentation,
     "spandrel RRDB, 64 filters, 2 blocks, 32 x 32": spandrel,
     "mmcv NonLocal2d, 64 channels, 40 x 40, B = 2": non_local,
 }
@@ -98,13 +99,13 @@ def kept(model, x) -> float:
     return sum(size for size, _ in found.values()) / 2**20
 
 
-def ratio(ways, x, run, rounds: int = 7) -> float:
+def ratio(ways, x, run, rounds: int = 5) -> float:
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(rounds + 1):
         for way, spent in zip(ways, times, strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             run(way, x)
-            spent.append(time.perf_counter() - start)
+            spent.append(time.process_time() - start)
     plain, fast = (statistics.median(spent[1:]) for spent in times)
     return plain / fast
 
@@ -115,6 +116,7 @@ def evaluate(model, x):
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     print("| network | accelerated | evaluation | training | kept, MiB | step | evaluation |")
     print("|---|---|---|---|---|---|---|")
     for name, make in CASES.items():

@@ -118,7 +118,7 @@ def settled(model: nn.Module, size: int) -> nn.Module:
 def evaluation_case(name: str, model: nn.Module, x: torch.Tensor, bars: dict[str, float]) -> Case:
     """A torchvision DenseNet without gradients: ours, eager, torch.compile and the runtimes."""
     eager = of_module(model, x, train=False)._replace(leaves=[x])
-    ours = of_module(convert_densenet(copy.deepcopy(model)), x, train=False)._replace(leaves=[x])
+    ours = of_module(accelerate(copy.deepcopy(model)), x, train=False)._replace(leaves=[x])
     ways = {"ours": ours, "eager": eager, "compile": compiled(eager, torch.compile(model, dynamic=False))}
     if DEVICE == "cpu":
         ways |= {
