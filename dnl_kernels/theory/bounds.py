@@ -282,9 +282,9 @@ def convergence_constant(
         first: "input", x^0 = x, or "lifted", x^0 = x(0), for which the gap is 0.
 
     Raises:
-        ValueError: a curve has no interval form and points is None; or a bound of the states overflows and none is given.
+        ValueError: a curve has no interval form and points is None; a bound of the states overflows and none is given.
 
-    Source: DNL Prop. 3-4 and Cor. 5 (rate stated; constant derived for our reading).
+    Source: DNL Props. 3-4, Cor. 5 (rate stated; constant derived for our reading).
     """
     check_choice("first", first, ("input", "lifted"))
     bounds, operator = curves.bounds(points), _curve_norms(curves, phi, points)

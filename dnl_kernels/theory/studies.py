@@ -310,8 +310,7 @@ def dynamics_study(
     """
     watch = watch or Watch()
     study, losses, facts = Study("dynamics"), {}, []
-    phi_size = problem.phi.parameter_count(problem.dim)
-    curves = ParameterCurves.random_smooth(problem.dim, seed, vartheta=phi_size)
+    curves = ParameterCurves.random_smooth(problem.dim, seed, vartheta=problem.vartheta)
     for rule in rules:
         rate = (rates or {}).get(rule, RATES[rule])
         runs = {}
