@@ -299,14 +299,16 @@ def convergence_constant(
     if math.isinf(max(X, discrete)):
         raise ValueError(f"sup_state must be given: Proposition 3's bound F e^k overflows (k = {bound.k:.3g})")
     radius = norms["A"] * size + norms["a"] + norms["K"] * max(X, discrete, start) + norms["b"]
-    lam = lam_v = 1.0
+    lam = 1.0
     if phi.operator is not None:
         lam = _lipschitz(phi.operator, operator or _Norms(), radius)
     lam *= _sigma(phi)
-    free = phi.parameter_count(curves.dim)
-    if phi.operator is not None and free and phi.operator.normalization != "row":
-        raise ValueError(f"normalization must be 'row' for a constant in vartheta, got {phi.operator.normalization!r}")
-    lam_v = _sigma(phi) * _parameter_lipschitz(phi.operator, operator or _Norms(), radius) if free else 0.0
+    lam_v = 0.0
+    if phi.operator is not None and phi.parameter_count(curves.dim):
+        if phi.operator.normalization != "row":
+            given = phi.operator.normalization
+            raise ValueError(f"normalization must be 'row' for a constant in vartheta, got {given!r}")
+        lam_v = _sigma(phi) * _parameter_lipschitz(phi.operator, operator or _Norms(), radius)
     forcing = slopes["A"] * size + slopes["a"]
     shift = lam_v * slopes["vartheta"] if lam_v else 0.0
     L_x = lam * (forcing + norms["K"] * X + norms["b"] + slopes["K"] * X + slopes["b"]) + shift

@@ -130,7 +130,7 @@ def _add(a: Any, b: Any, *, alpha: float = 1) -> Interval:
         if da is None or db is None:
             one = da if db is None else db
             assert one is not None
-            return Interval(*(z.expand(lo.shape) for z in (one.lo, one.hi)))
+            return Interval(one.lo.expand(lo.shape), one.hi.expand(lo.shape))
         return _add(da, db)
 
     return Interval(lo, hi, _slopes(a, b, rule))
@@ -251,9 +251,9 @@ def _power(a: Any, exponent: Any) -> Interval:
     return root(a)
 
 
-_exp = _increasing(torch.exp, lambda z: _exp(z))  # noqa: PLW0108 - itself
-_tanh = _increasing(torch.tanh, lambda z: 1 - _square(_tanh(z)))
-_sigmoid = _increasing(torch.sigmoid, lambda z: _multiply(_sigmoid(z), _sigmoid(-z)))
+_exp: Callable[[Interval], Interval] = _increasing(torch.exp, lambda z: _exp(z))  # noqa: PLW0108 - itself
+_tanh: Callable[[Interval], Interval] = _increasing(torch.tanh, lambda z: 1 - _square(_tanh(z)))
+_sigmoid: Callable[[Interval], Interval] = _increasing(torch.sigmoid, lambda z: _multiply(_sigmoid(z), _sigmoid(-z)))
 _relu = _increasing(torch.relu, lambda z: Interval((z.lo > 0).to(z.lo), (z.hi > 0).to(z.lo)))
 _sinh = _increasing(torch.sinh, lambda z: _cosh(z))  # noqa: PLW0108 - defined below
 
@@ -370,7 +370,7 @@ def _norm(values: Tensor, matrix: bool) -> Tensor:
     return torch.linalg.matrix_norm(values, 2) if matrix else torch.linalg.vector_norm(values, dim=-1)
 
 
-Evaluate = Callable[..., Interval]
+Evaluate = Callable[..., Any]  # a curve, called with Intervals
 
 
 def suprema(function: Evaluate, arguments: int, matrix: bool) -> tuple[float, float]:

@@ -145,9 +145,8 @@ class _Problem:
 
     def __init__(self, curves: ParameterCurves, x: Tensor, phi: LayerFunction):
         self.curves, self.x, self.phi = curves, x, phi
-        like = {"dtype": x.dtype, "device": x.device}
-        self.nodes, self.weights = gauss_legendre(ORDER, **like)
-        degrees = torch.arange(ORDER, **like)
+        self.nodes, self.weights = gauss_legendre(ORDER, dtype=x.dtype, device=x.device)
+        degrees = torch.arange(ORDER, dtype=x.dtype, device=x.device)
         self.analysis = (2 * degrees + 1)[:, None] * (_legendre(self.nodes) * self.weights[:, None]).T
         # For the integral from the panel's start to node i: a Gauss rule there, and x interpolated to its points.
         inner = self.nodes[:, None] * self.nodes  # [i, q]

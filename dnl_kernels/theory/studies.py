@@ -107,7 +107,7 @@ def forward_study(
 
 def _reference(curves, x, phi, levels, reference, rough) -> tuple[Trajectory, float | None]:
     times = torch.arange(levels[0] + 1, dtype=torch.float64) / levels[0]
-    own = None
+    own: Trajectory | None = None
     if not rough:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
