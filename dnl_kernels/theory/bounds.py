@@ -244,9 +244,9 @@ def _trajectory_bound(bounds: CurveBounds, x: Tensor, phi: LayerMap, operator: _
 class ConvergenceConstant:
     """Corollary 5: max_{1 <= l <= L} |x^l - x(t_l)| <= C tau, with the pieces that C is made of.
 
-    C = inf means e^{Lam ||K||} beyond the largest float64: `log_C` is finite then. That is the worst case over all data
-    within the norms, not a defect of the arithmetic: a dot-product kernel's Lipschitz constant grows like ||M|| R^2
-    (it is attained, see `lipschitz_constant`), and Gronwall's inequality puts it into an exponent.
+    C = inf means e^{Lam ||K||} beyond the largest float64: `log_C` is finite then. The reason: a dot-product kernel's
+    Lipschitz constant does grow like ||M|| R^2 (see `lipschitz_constant`), and Gronwall's inequality puts it into an
+    exponent. Whether C of that size is ever attained is not claimed.
     """
 
     C: float
