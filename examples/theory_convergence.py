@@ -14,7 +14,7 @@ phi = theory.LayerMap.of("rbf", "tanh", positions=4)
 curves = theory.ParameterCurves.random_smooth(12, seed=7, vartheta=phi.parameter_count(12))
 x = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-# The network of infinite depth, by extrapolation.
+# The network of infinite depth, by collocation: good to the tolerance at every t.
 limit = theory.solve_integral_equation(curves, x, phi, layers=DEPTHS[0])
 print(f"x(t) known to about {limit.info['error']:.0e}\n")
 

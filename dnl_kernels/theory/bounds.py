@@ -244,9 +244,9 @@ def _trajectory_bound(bounds: CurveBounds, x: Tensor, phi: LayerMap, operator: _
 class ConvergenceConstant:
     """Corollary 5: max_{1 <= l <= L} |x^l - x(t_l)| <= C tau, with the pieces that C is made of.
 
-    C = inf means e^{Lam ||K||} beyond the largest float64: `log_C` is finite then. That is the worst case over all data
-    within the norms, not a defect of the arithmetic: a dot-product kernel's Lipschitz constant grows like ||M|| R^2
-    (it is attained, see `lipschitz_constant`), and Gronwall's inequality puts it into an exponent.
+    C = inf means e^{Lam ||K||} beyond the largest float64: `log_C` is finite then. The reason: a dot-product kernel's
+    Lipschitz constant does grow like ||M|| R^2 (see `lipschitz_constant`), and Gronwall's inequality puts it into an
+    exponent. Whether C of that size is ever attained is not claimed.
     """
 
     C: float
@@ -282,9 +282,9 @@ def convergence_constant(
         first: "input", x^0 = x, or "lifted", x^0 = x(0), for which the gap is 0.
 
     Raises:
-        ValueError: a curve has no interval form and points is None; or a bound of the states overflows and none is given.
+        ValueError: a curve has no interval form and points is None; a bound of the states overflows and none is given.
 
-    Source: DNL Prop. 3-4 and Cor. 5 (rate stated; constant derived for our reading).
+    Source: DNL Props. 3-4, Cor. 5 (rate stated; constant derived for our reading).
     """
     check_choice("first", first, ("input", "lifted"))
     bounds, operator = curves.bounds(points), _curve_norms(curves, phi, points)
@@ -299,14 +299,16 @@ def convergence_constant(
     if math.isinf(max(X, discrete)):
         raise ValueError(f"sup_state must be given: Proposition 3's bound F e^k overflows (k = {bound.k:.3g})")
     radius = norms["A"] * size + norms["a"] + norms["K"] * max(X, discrete, start) + norms["b"]
-    lam = lam_v = 1.0
+    lam = 1.0
     if phi.operator is not None:
         lam = _lipschitz(phi.operator, operator or _Norms(), radius)
     lam *= _sigma(phi)
-    free = phi.parameter_count(curves.dim)
-    if phi.operator is not None and free and phi.operator.normalization != "row":
-        raise ValueError(f"normalization must be 'row' for a constant in vartheta, got {phi.operator.normalization!r}")
-    lam_v = _sigma(phi) * _parameter_lipschitz(phi.operator, operator or _Norms(), radius) if free else 0.0
+    lam_v = 0.0
+    if phi.operator is not None and phi.parameter_count(curves.dim):
+        if phi.operator.normalization != "row":
+            given = phi.operator.normalization
+            raise ValueError(f"normalization must be 'row' for a constant in vartheta, got {given!r}")
+        lam_v = _sigma(phi) * _parameter_lipschitz(phi.operator, operator or _Norms(), radius)
     forcing = slopes["A"] * size + slopes["a"]
     shift = lam_v * slopes["vartheta"] if lam_v else 0.0
     L_x = lam * (forcing + norms["K"] * X + norms["b"] + slopes["K"] * X + slopes["b"]) + shift

@@ -250,7 +250,7 @@ class CurveBounds:
 
 
 def samples_of(curve: object) -> tuple[Tensor, Tensor] | None:
-    """(times [m], values) of a curve that interpolates samples (bi)linearly: SampledCurve, SampledKernel, extensions."""
+    """(times [m], values) of a curve that is (bi)linear between samples: sampled curves and kernels, extensions."""
     curve = getattr(curve, "function", curve)
     values = getattr(curve, "values", None)
     if not isinstance(values, Tensor):

@@ -130,7 +130,7 @@ def _add(a: Any, b: Any, *, alpha: float = 1) -> Interval:
         if da is None or db is None:
             one = da if db is None else db
             assert one is not None
-            return Interval(*(z.expand(lo.shape) for z in (one.lo, one.hi)))
+            return Interval(one.lo.expand(lo.shape), one.hi.expand(lo.shape))
         return _add(da, db)
 
     return Interval(lo, hi, _slopes(a, b, rule))
@@ -251,11 +251,11 @@ def _power(a: Any, exponent: Any) -> Interval:
     return root(a)
 
 
-_exp = _increasing(torch.exp, lambda z: _exp(z))
-_tanh = _increasing(torch.tanh, lambda z: 1 - _square(_tanh(z)))
-_sigmoid = _increasing(torch.sigmoid, lambda z: _multiply(_sigmoid(z), _sigmoid(-z)))
+_exp: Callable[[Interval], Interval] = _increasing(torch.exp, lambda z: _exp(z))  # noqa: PLW0108 - itself
+_tanh: Callable[[Interval], Interval] = _increasing(torch.tanh, lambda z: 1 - _square(_tanh(z)))
+_sigmoid: Callable[[Interval], Interval] = _increasing(torch.sigmoid, lambda z: _multiply(_sigmoid(z), _sigmoid(-z)))
 _relu = _increasing(torch.relu, lambda z: Interval((z.lo > 0).to(z.lo), (z.hi > 0).to(z.lo)))
-_sinh = _increasing(torch.sinh, lambda z: _cosh(z))
+_sinh = _increasing(torch.sinh, lambda z: _cosh(z))  # noqa: PLW0108 - defined below
 
 
 def _cosh(a: Interval) -> Interval:
@@ -323,7 +323,8 @@ OPERATIONS: dict[str, Callable] = {
     "exp": _exp, "tanh": _tanh, "sigmoid": _sigmoid, "relu": _relu, "sinh": _sinh, "cosh": _cosh,
     "sin": _sine, "cos": _cosine, "abs": _absolute, "absolute": _absolute,
     "sqrt": lambda a: _power(a, 0.5),
-    "log": _increasing(torch.log, _reciprocal, 0.0), "log1p": _increasing(torch.log1p, lambda z: _reciprocal(1 + z), -1.0),
+    "log": _increasing(torch.log, _reciprocal, 0.0),
+    "log1p": _increasing(torch.log1p, lambda z: _reciprocal(1 + z), -1.0),
     "expm1": _increasing(torch.expm1, _exp), "atan": _increasing(torch.atan, lambda z: _reciprocal(1 + _square(z))),
     "softplus": _increasing(torch.nn.functional.softplus, _sigmoid),
     "maximum": lambda a, b: _extreme(torch.maximum, a, b), "minimum": lambda a, b: _extreme(torch.minimum, a, b),
@@ -333,16 +334,20 @@ OPERATIONS: dict[str, Callable] = {
     "to": _convert, "double": _convert, "type_as": _convert, "detach": _convert, "contiguous": _convert,
     "clone": _convert, "ones_like": _filled(1.0), "zeros_like": _filled(0.0), "full_like": lambda a, v: _filled(v)(a),
     "numel": lambda a: a.lo.numel(), "dim": lambda a: a.ndim, "size": lambda a, *d: a.lo.size(*d),
-    "new_zeros": lambda a, *shape, **_: a.lo.new_zeros(*shape), "new_ones": lambda a, *shape, **_: a.lo.new_ones(*shape),
+    "new_zeros": lambda a, *shape, **_: a.lo.new_zeros(*shape),
+    "new_ones": lambda a, *shape, **_: a.lo.new_ones(*shape),
 }  # fmt: skip
+
+
+def _moving(name: str) -> Callable:
+    return lambda a, *args, **kwargs: _linear(lambda z: getattr(z, name)(*args, **kwargs), a)
+
+
 for _name in (
-    "reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "repeat", "transpose", "permute", "movedim", "flip",
-    "sum", "mean", "diag_embed", "__getitem__", "unbind", "broadcast_to", "swapaxes",
+    "reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "repeat", "transpose", "permute",
+    "movedim", "flip", "sum", "mean", "diag_embed", "__getitem__", "broadcast_to", "swapaxes",
 ):  # fmt: skip
-    if _name != "unbind":
-        OPERATIONS[_name] = (
-            lambda name: lambda a, *args, **kwargs: _linear(lambda z: getattr(z, name)(*args, **kwargs), a)
-        )(_name)
+    OPERATIONS[_name] = _moving(_name)
 
 
 def _lookup(name: str) -> Callable:
@@ -365,7 +370,7 @@ def _norm(values: Tensor, matrix: bool) -> Tensor:
     return torch.linalg.matrix_norm(values, 2) if matrix else torch.linalg.vector_norm(values, dim=-1)
 
 
-Evaluate = Callable[..., Interval]
+Evaluate = Callable[..., Any]  # a curve, called with Intervals
 
 
 def suprema(function: Evaluate, arguments: int, matrix: bool) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The integral equation (7) solved by collocation on adaptive panels, with values that are good everywhere on [0, 1]."""
+"""The integral equation (7) by collocation on adaptive panels: values that are good everywhere on [0, 1]."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ def solve_integral_equation(
     rtol: float = 1e-10,
     atol: float = 0.0,
     layers: int = 64,
+    panels: int = PANELS,
     max_points: int = 2048,
 ) -> Solution:
     """x(t) = phi(y(t), vartheta(t)),  y(t) = A(t) x + a(t) + int_0^t (K(t, s) x(s) + b(t, s)) ds, on all of [0, 1].
 
     Collocation: on each panel x is the polynomial through its values at 12 Gauss points, at which the equation holds.
     The integral over earlier panels is their Gauss rule; that over [panel start, t] a Gauss rule of its own, so that K
-    is read for s <= t only. The values of a panel are the fixed point of the equation, which contracts for short panels.
+    is read for s <= t only. A panel's values are the fixed point of the equation, which contracts on short panels.
 
     Panels whose last Legendre coefficients exceed the tolerance are halved. Then everything is solved again with every
     panel halved: the largest difference of the two solutions, at points of both and between them, is the error
@@ -63,6 +64,8 @@ def solve_integral_equation(
         curves, x, phi: as in `forward`.
         rtol, atol: wanted accuracy everywhere on [0, 1]: atol + rtol times the largest |x(t)| found.
         layers: the grid l / L of the result's `states`; it has nothing to do with the accuracy.
+        panels: to begin with. Points are all that is seen of a curve, at first 2 * 12 * panels of them: raise it for
+            features of the data that are narrower than the distance of those, which would be missed.
         max_points: collocation points allowed; beyond it the result is not converged.
 
     Returns:
@@ -76,40 +79,41 @@ def solve_integral_equation(
         raise ValueError(f"rtol must be > 0 (or atol, and neither negative), got rtol = {rtol}, atol = {atol}")
     check_tensor("x", x)
     check_count("layers", layers)
-    check_count("max_points", max_points, 2 * PANELS * ORDER)
+    check_count("panels", panels)
+    check_count("max_points", max_points, 2 * panels * ORDER)
     if x.ndim < 1 or x.shape[-1] != curves.dim:
         raise ValueError(f"x must have shape [..., {curves.dim}], got {list(x.shape)}")
     problem = _Problem(curves, flatten_batch(x, curves.dim).to(working_dtype(x.dtype)), phi)
-    panels = problem.march(_known_edges(curves, max_points))
+    found = problem.march(_known_edges(curves, panels, max_points))
     floor = 8 * torch.finfo(problem.x.dtype).eps
     error = math.inf
     while True:
-        scale = _scale(panels)
+        scale = _scale(found)
         goal = max(atol + rtol * scale, floor * scale)
-        rough = [panel for panel in panels if panel.width > 1e-13 and (panel.tail > goal or not panel.settled)]
-        if rough and (len(panels) + len(rough)) * 2 * ORDER <= max_points:
-            panels = problem.march(_halve(panels, rough), panels)
+        rough = [panel for panel in found if panel.width > 1e-13 and (panel.tail > goal or not panel.settled)]
+        if rough and (len(found) + len(rough)) * 2 * ORDER <= max_points:
+            found = problem.march(_halve(found, rough), found)
             continue
-        if len(panels) * 2 * ORDER > max_points:
+        if len(found) * 2 * ORDER > max_points:
             break
-        fine = problem.march(_halve(panels, panels))
-        error = _difference(panels, fine)
-        panels = fine
+        fine = problem.march(_halve(found, found))
+        error = _difference(found, fine)
+        found = fine
         if error <= atol + rtol * scale and all(panel.settled for panel in fine):
             break
-    scale = _scale(panels)
-    if not all(panel.settled for panel in panels):
+    scale = _scale(found)
+    if not all(panel.settled for panel in found):
         error = math.inf
     converged = error <= atol + rtol * scale
     relative = error / scale if scale else error
     if not converged:
         warnings.warn(
             f"solve_integral_equation: error estimate {relative:.1e} > rtol {rtol:.1e} (relative) with "
-            f"{len(panels) * ORDER} of at most {max_points} points",
+            f"{len(found) * ORDER} of at most {max_points} points",
             stacklevel=2,
         )
-    info = {"error": relative, "converged": converged, "panels": len(panels), "points": len(panels) * ORDER}
-    edges, coefficients = _edges(panels), torch.stack([panel.coefficients for panel in panels])
+    info = {"error": relative, "converged": converged, "panels": len(found), "points": len(found) * ORDER}
+    edges, coefficients = _edges(found), torch.stack([panel.coefficients for panel in found])
     coefficients = coefficients.reshape(*coefficients.shape[:2], *x.shape)
     times = grid_times(layers, dtype=x.dtype, device=x.device)
     states = _evaluate(edges, coefficients, times).to(x.dtype)
@@ -141,9 +145,8 @@ class _Problem:
 
     def __init__(self, curves: ParameterCurves, x: Tensor, phi: LayerFunction):
         self.curves, self.x, self.phi = curves, x, phi
-        like = {"dtype": x.dtype, "device": x.device}
-        self.nodes, self.weights = gauss_legendre(ORDER, **like)
-        degrees = torch.arange(ORDER, **like)
+        self.nodes, self.weights = gauss_legendre(ORDER, dtype=x.dtype, device=x.device)
+        degrees = torch.arange(ORDER, dtype=x.dtype, device=x.device)
         self.analysis = (2 * degrees + 1)[:, None] * (_legendre(self.nodes) * self.weights[:, None]).T
         # For the integral from the panel's start to node i: a Gauss rule there, and x interpolated to its points.
         inner = self.nodes[:, None] * self.nodes  # [i, q]
@@ -294,9 +297,9 @@ def _difference(coarse: list[_Panel], fine: list[_Panel]) -> float:
         return _size(pair[0] - pair[1])
 
 
-def _known_edges(curves: ParameterCurves, max_points: int) -> list[float]:
+def _known_edges(curves: ParameterCurves, panels: int, max_points: int) -> list[float]:
     """The panels to begin with: their ends include the nodes of curves given by samples, if those are few enough."""
-    found = {index / PANELS for index in range(PANELS + 1)}
+    found = {index / panels for index in range(panels + 1)}
     for name in ("A", "a", "K", "b", "vartheta"):
         curve = getattr(curves, name)
         curve = getattr(curve, "function", curve)
@@ -308,5 +311,5 @@ def _known_edges(curves: ParameterCurves, max_points: int) -> list[float]:
     # Nodes that differ by rounding only are one node.
     kept = [edges[0], *(right for left, right in zip(edges[:-1], edges[1:], strict=True) if right - left > 1e-12)]
     if 2 * ORDER * (len(kept) - 1) > max_points:
-        return [index / PANELS for index in range(PANELS + 1)]
+        return [index / panels for index in range(panels + 1)]
     return kept

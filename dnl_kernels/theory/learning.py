@@ -18,7 +18,7 @@ from .operators import LayerMap
 from .parameters import TWO_INDEX, DiscreteParameters
 from .regularization import regularizer, regularizer_continuous
 from .sampling import sample_pointwise
-from .solvers import forward
+from .solvers import LayerFunction, forward
 from .spectral import SobolevPreconditioner
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -64,11 +64,12 @@ class LearningProblem:
     Args:
         inputs: d_s [S, d].
         targets: g_s [S, d].
-        phi: the layer map.
+        phi: the layer map, a LayerMap or any function (y [B, d], vartheta [v] or None) -> [B, d].
         weight: lambda, one number or by parameter name.
         p: exponent of the two-index part of R; the theory needs p > 2.
         first: "input" or "lifted", see `forward`.
         loss: (x [S, d], g [S, d]) -> [S]; half the squared distance by default.
+        vartheta: v, the entries of vartheta; by default those that a LayerMap needs, 0 for another function.
 
     Source: DNL (4), (11) (words; the factor 1/S is our choice).
     """
@@ -77,12 +78,13 @@ class LearningProblem:
         self,
         inputs: Tensor,
         targets: Tensor,
-        phi: LayerMap,
+        phi: LayerFunction,
         *,
         weight: float | Mapping[str, float] = 1e-3,
         p: float = 4,
         first: str = "input",
         loss: Loss = half_square,
+        vartheta: int | None = None,
     ):
         for name, value in (("inputs", inputs), ("targets", targets)):
             check_finite(name, check_tensor(name, value))
@@ -92,14 +94,17 @@ class LearningProblem:
         self.inputs, self.targets, self.phi, self.loss = inputs, targets, phi, loss
         self.weight, self.p = weight, check_exponent(p)
         self.first = check_choice("first", first, ("input", "lifted"))
+        own = phi.parameter_count(self.dim) if isinstance(phi, LayerMap) else 0
+        self.vartheta = own if vartheta is None else check_count("vartheta", vartheta, own)
 
     @property
     def dim(self) -> int:
         return self.inputs.shape[1]
 
     def coordinates(self, layers: int) -> SobolevPreconditioner:
-        size = self.phi.parameter_count(self.dim)
-        return SobolevPreconditioner(layers, self.dim, size, dtype=self.inputs.dtype, device=self.inputs.device)
+        return SobolevPreconditioner(
+            layers, self.dim, self.vartheta, dtype=self.inputs.dtype, device=self.inputs.device
+        )
 
     def data_loss(self, parameters: DiscreteParameters) -> Tensor:
         """The first term of J_L."""

@@ -107,7 +107,7 @@ def forward_study(
 
 def _reference(curves, x, phi, levels, reference, rough) -> tuple[Trajectory, float | None]:
     times = torch.arange(levels[0] + 1, dtype=torch.float64) / levels[0]
-    own = None
+    own: Trajectory | None = None
     if not rough:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -310,8 +310,7 @@ def dynamics_study(
     """
     watch = watch or Watch()
     study, losses, facts = Study("dynamics"), {}, []
-    phi_size = problem.phi.parameter_count(problem.dim)
-    curves = ParameterCurves.random_smooth(problem.dim, seed, vartheta=phi_size)
+    curves = ParameterCurves.random_smooth(problem.dim, seed, vartheta=problem.vartheta)
     for rule in rules:
         rate = (rates or {}).get(rule, RATES[rule])
         runs = {}

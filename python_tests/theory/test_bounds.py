@@ -188,6 +188,43 @@ def test_lemma_2(kernel, activation):
         assert (bound.per_layer <= bound.uniform * SLACK).all()
 
 
+def test_lemma_2_of_a_lifted_start():
+    """x^0 = phi(A^0 x + a^0) may be larger than x: the bound starts from what bounds it."""
+    for seed in range(12):
+        phi = LayerMap.of("local", "relu") if seed % 2 else LayerMap.of("rbf", "relu", positions=2)
+        curves = ParameterCurves.random_smooth(4, seed, scale=2.0, vartheta=phi.parameter_count(4))
+        P = theory.sample_pointwise(curves, 3)
+        x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) / 8
+        sizes = forward(P, x, phi, first="lifted").states.norm(dim=-1).max(1).values
+        bound = theory.state_bound(P, x, phi, first="lifted")
+        assert sizes[0] <= bound.start * SLACK
+        assert (sizes[1:] <= bound.per_layer * SLACK).all()
+        assert (bound.per_layer <= bound.uniform * SLACK).all()
+        plain = theory.state_bound(P, x, phi)
+        assert plain.start == x.norm(dim=-1).max()
+    one = torch.ones(1, 1, dtype=torch.float64)
+    P = theory.DiscreteParameters(2 * one[None], one, 3 * one[None], 0 * one, one[:, :0])
+    phi, x = LayerMap(None, "identity"), torch.ones(1, dtype=torch.float64)
+    reached = forward(P, x, phi, first="lifted").final  # 2 + 1 + 3 (2 + 1) = 12, not 2 + 1 + 3 = 6
+    assert reached > theory.state_bound(P, x, phi).per_layer[-1]
+    assert reached.item() == pytest.approx(theory.state_bound(P, x, phi, first="lifted").per_layer[-1].item())
+    with pytest.raises(ValueError, match="first must be one of"):
+        theory.state_bound(P, x, phi, first="zero")
+
+
+def test_corollary_5_of_a_lifted_start():
+    phi = LayerMap.of("local")
+    curves = ParameterCurves.random_smooth(3, 4, scale=0.5)
+    x = torch.ones(3, dtype=torch.float64)
+    constant = theory.convergence_constant(curves, x, phi, first="lifted")
+    assert constant.start_gap == 0
+    assert constant.C < theory.convergence_constant(curves, x, phi).C
+    solution = theory.solve_integral_equation(curves, x, phi)
+    for layers in (4, 16, 64):
+        path = forward(curves, x, phi, layers=layers, first="lifted")
+        assert path.distance(solution, first=0) * layers <= constant.C * SLACK
+
+
 def test_lemma_2_is_sharp():
     """Equality: d = 1, b = 0, positive constants, sigma = N = id."""
     layers, ones = 20, torch.ones(1, 1, dtype=torch.float64)

@@ -26,7 +26,7 @@ def oscillator(w):
 @pytest.mark.parametrize("w", [2, 5, 10, 20, 40])
 @pytest.mark.parametrize("layers", [8, 16])
 def test_dense_output_of_oscillations(w, layers):
-    """The bar: within 10 times the tolerance at 2,001 random points, for every tolerance; found: within the tolerance."""
+    """The bar: within 10 times the tolerance at 2,001 random points, for every tolerance; found: within it."""
     x = torch.ones(1, dtype=torch.float64)
     for rtol in (1e-4, 1e-7, 1e-10, 1e-12):
         solution = solve_integral_equation(oscillator(w), x, IDENTITY, rtol=rtol, layers=layers)

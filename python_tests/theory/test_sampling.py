@@ -254,3 +254,47 @@ def test_bad_exponents_and_weights():
         theory.regularizer(parameters, anchor="end")
     with pytest.raises(TypeError, match="DiscreteParameters or a DNLBlock"):
         theory.regularizer([1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("p", [2, 2.01, 2.5, 3, 3.5, 4, 5])
+def test_hessian_vector_products_at_zero(p, dtype):
+    """At 0 the two-index part has value, gradient and Hessian 0 for p > 2; the one-index part is quadratic."""
+    for tiny in (0.0, 1e-160 if dtype == torch.float64 else 1e-20):
+        point = theory.DiscreteParameters.zeros(4, 2, 1, dtype=dtype).map(
+            lambda u, tiny=tiny: (u + tiny).requires_grad_()
+        )
+        tensors = [value for _, value in point.items()]
+        generator = torch.Generator().manual_seed(0)
+        directions = [torch.randn(z.shape, generator=generator, dtype=dtype) for z in tensors]
+        gradients = torch.autograd.grad(theory.regularizer(point, p), tensors, create_graph=True)
+        products = torch.autograd.grad(gradients, tensors, directions)
+        for (name, _), product, direction in zip(point.items(), products, directions, strict=True):
+            assert torch.isfinite(product).all(), name
+            if name in ("A", "a", "vartheta"):
+                rise = torch.diff(direction, dim=0) * 16  # 2 tau (v + D^T D v), D = differences over tau
+                expected = direction / 4
+                expected[1:] += rise / 4
+                expected[:-1] -= rise / 4
+                assert torch.allclose(product, 2 * expected, rtol=1e-5)
+            elif p > 2.4:
+                assert product.abs().max() <= 1e-3, name
+
+
+def test_hessian_vector_products_away_from_zero_are_unchanged():
+    point = rough(3, 1).requires_grad_()
+    names = [name for name, _ in point.items()]
+
+    def value(*tensors):
+        return theory.regularizer(theory.DiscreteParameters(**dict(zip(names, tensors, strict=True))), 2.5)
+
+    assert torch.autograd.gradgradcheck(value, tuple(v for _, v in point.items()))
+
+
+def test_distances_have_a_subgradient_at_zero():
+    """||u - v|| at u = v: 0, as torch's norms have it, where the root of a sum of squares gives nan."""
+    point = rough(3).requires_grad_()
+    gap = theory.distance(point, rough(3).map(torch.zeros_like).zip_map(lambda _, u: u.detach(), point))
+    found = torch.autograd.grad(gap, [point.A, point.K])
+    assert gap == 0
+    assert all(bool((g == 0).all()) for g in found)

@@ -209,6 +209,96 @@ def test_adjoint_equals_autograd():
             assert (ours - gradient).abs().max() <= 1e-12 * max(1, gradient.abs().max().item()), (kernel, name)
 
 
+@pytest.mark.parametrize("kernel", ["local", "softmax", "rbf"])
+def test_adjoint_of_a_lifted_start(kernel):
+    """x^0 depends on A^0, a^0 and vartheta^0: the derivative through it is part of theirs."""
+    curves, _, phi = problem(kernel)
+    P = theory.sample_pointwise(curves, 5).requires_grad_()
+    x = torch.randn(3, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    path = forward(P, x, phi, first="lifted")
+    assert path.first == "lifted"
+    names = [name for name, value in P.items() if value.numel()]
+    expected = torch.autograd.grad(path.final.square().sum() / 2, [getattr(P, name) for name in names])
+    for options in ({"trajectory": path}, {"first": "lifted"}, {"trajectory": path, "first": "lifted"}):
+        found = theory.adjoint(P, x, phi, path.final.detach(), **options).gradient
+        for name, gradient in zip(names, expected, strict=True):
+            assert (getattr(found, name) - gradient).abs().max() <= 1e-12, (options.keys(), name)
+
+
+def test_a_trajectory_of_something_else_is_refused():
+    curves, x, phi = problem("rbf")
+    P = theory.sample_pointwise(curves, 5)
+    final = torch.ones(D, dtype=torch.float64)
+    lifted, plain = forward(P, x, phi, first="lifted"), forward(P, x, phi)
+    others = [
+        ({"trajectory": lifted, "first": "input"}, "state 0 differs"),
+        ({"trajectory": plain, "first": "lifted"}, "state 0 differs"),
+        ({"trajectory": forward(curves, x, phi, layers=5, scheme="trapezoid")}, "trajectory must hold the states"),
+        ({"trajectory": forward(theory.sample_cell_average(curves, 5), x, phi)}, "trajectory must hold the states"),
+        ({"trajectory": forward(theory.sample_pointwise(curves, 4), x, phi)}, "trajectory.states must have shape"),
+        ({"first": "zero"}, "first must be one of"),
+    ]
+    for options, says in others:
+        with pytest.raises(ValueError, match=says):
+            theory.adjoint(P, x, phi, final, **options)
+    theory.adjoint(P.map(torch.Tensor.float), x.float(), phi, final.float())
+    half = theory.adjoint(P.map(torch.Tensor.half), x.half(), phi, final.half()).gradient
+    exact = theory.adjoint(P, x, phi, final).gradient
+    assert half.A.dtype == torch.float16
+    assert (half.A.double() - exact.A).abs().max() < 2e-2
+
+
+@pytest.mark.parametrize("scheme", ["euler", "trapezoid", "trapezoid_implicit"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_empty_batches(kernel, scheme):
+    curves, _, phi = problem(kernel)
+    for shape in ((0, D), (2, 0, D)):
+        x = torch.zeros(shape, dtype=torch.float64)
+        path = forward(curves, x, phi, layers=7, scheme=scheme)
+        assert path.states.shape == (8, *shape)
+        assert path(torch.rand(3, dtype=torch.float64)).shape == (3, *shape)
+        assert path.distance(path) == 0
+    P = theory.sample_pointwise(curves, 4).requires_grad_()
+    empty = torch.zeros(0, D, dtype=torch.float64)
+    forward(P, empty, phi).final.sum().backward()
+    gradient = theory.adjoint(P, empty, phi, empty).gradient
+    assert gradient.A.shape == P.A.shape
+    assert not gradient.K.any()
+    assert torch.isfinite(theory.state_bound(P, empty, phi).uniform)
+    assert torch.isfinite(torch.tensor(theory.convergence_constant(curves, empty, phi).log_C))
+
+
+def test_large_half_precision_batches_are_finite():
+    """Their pre-activations sum to more than the largest float16, which is no fault of any curve."""
+    curves, _, phi = problem("local")
+    x = torch.full((40000, D), 2.0, dtype=torch.float16)
+    path = forward(curves, x, phi, layers=3)
+    assert torch.isfinite(path.states).all()
+    P = theory.sample_pointwise(curves, 3, dtype=torch.float16)
+    assert (forward(P, x[:2], phi).states - path.states[:, :2]).abs().max() < 5e-3
+
+
+def test_any_function_is_a_layer_map():
+    """Solvers and learning problems take functions; what needs a LayerMap's constants says so."""
+    curves, x, _ = problem("local")
+    phi = lambda y, v: torch.sin(y)  # noqa: E731
+    assert forward(curves, x, phi, layers=4).states.shape == (5, D)
+    assert solve_integral_equation(curves, x, phi).info["converged"]
+    P = theory.sample_pointwise(curves, 3)
+    found = theory.LearningProblem(x[None, :1], x[None, 1:2], phi).minimize(2, restarts=1, max_iterations=5)
+    assert found.parameters.vartheta.shape == (2, 0)
+    scaled = theory.LearningProblem(x[None, :1], x[None, 1:2], lambda y, v: torch.sin(y + v), vartheta=1)
+    assert scaled.minimize(2, restarts=1, max_iterations=5).parameters.vartheta.shape == (2, 1)
+    for call in (
+        lambda: theory.state_bound(P, x, phi),
+        lambda: theory.trajectory_bound(curves, x, phi),
+        lambda: theory.convergence_constant(curves, x, phi),
+        lambda: theory.as_block(P, phi),
+    ):
+        with pytest.raises(TypeError, match="phi must be a LayerMap"):
+            call()
+
+
 def test_adjoint_has_a_dirac_at_the_end():
     """q^{L-1} = O(1) and q^l = O(tau) before it: x(1) is a point value."""
     curves, x, phi = problem("rbf")
