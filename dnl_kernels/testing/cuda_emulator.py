@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import itertools
 import os
@@ -155,7 +156,9 @@ def build(flavour: str = "plain", sources: Sequence[pathlib.Path] | None = None)
     text += f"build {name}.so: link {' '.join(objects)}\n  flags = {kernel_flags if flavour != 'banks' else ''}\n"
     (work / "build.ninja").write_text(text)
     command = [*(_builder._ninja() or []), "-C", str(work)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    with open(work / "lock", "w") as lock:  # two ninjas in one folder spoil each other's log
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise RuntimeError(f"the emulator does not compile:\n{run.stdout}{run.stderr}")
     return work / f"{name}.so"
