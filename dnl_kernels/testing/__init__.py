@@ -4,6 +4,6 @@
 treat them all alike.
 """
 
-from .budget import assert_within_budget, relative_error
+from .budget import Exact, assert_within_budget, cotangent, exactly, relative_error
 
-__all__ = ["assert_within_budget", "relative_error"]
+__all__ = ["Exact", "assert_within_budget", "cotangent", "exactly", "relative_error"]
