@@ -71,9 +71,13 @@ def test_a_plain_tensor_is_no_bound():
         assert_within_budget("y", torch.ones(2), torch.ones(2))
 
 
-@pytest.mark.parametrize("name", ["softmax-odd", "gaussian-key-mask", "gaussian-causal", "dot-channels-first"])
-def test_other_formulations_are_the_same_formula(name):
-    call = named.CASES["nonlocal_attention"][name](torch.float64)
+OTHERS = ["softmax-odd", "gaussian-key-mask", "gaussian-causal", "dot-channels-first"]
+OTHERS = [("nonlocal_attention", name) for name in OTHERS] + [("dnl_layer", "gaussian"), ("dnl_block", "densenet")]
+
+
+@pytest.mark.parametrize("op, name", OTHERS)
+def test_other_formulations_are_the_same_formula(op, name):
+    call = named.CASES[op][name](torch.float64)
     expected, used = named.gradients(call, call.leaves, "reference"), []
     for second in (False, True):
         with another_formulation(second) as replaced:

@@ -55,6 +55,17 @@ def test_every_dtype_stays_within_the_budget(op, dtype):
 
 
 @every_operator
+def test_create_graph_changes_no_gradient(op):
+    leaves = leaves_of(op)
+    found = []
+    for backend, create_graph in ((None, True), (None, False), ("reference", False)):
+        output = op.call(*leaves, backend=backend)
+        found.append(torch.autograd.grad(output, leaves, cotangent(output), create_graph=create_graph))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-9, atol=1e-11)
+
+
+@every_operator
 def test_torch_func_grad_equals_autograd(op):
     leaves = leaves_of(op)
     expected = torch.autograd.grad(op.call(*leaves).sum(), leaves)

@@ -6,16 +6,18 @@ of at most
 
     SAFETY * u * sum |terms| + eta,        u = eps / 2, the unit roundoff of the dtype, eta its smallest normal number,
 
-where the terms are the numbers that are added up: the products of a matrix product or a convolution, the summands of a
-sum, the two sides of an addition, and one term, the result, where nothing is added. An algorithm in that dtype commits
-such errors whatever the order of its sums. What they do to the result is not estimated by a formula per operator: the
-reference runs in float64, with an error drawn uniformly from that range for every number that it computes, and all
-that follows is exact. This is Monte Carlo arithmetic (Parker, Pierce and Eggert 2000, "Monte Carlo arithmetic: how to
-gamble with floating point and win"), with Higham's bound for sums (2002, "Accuracy and Stability of Numerical
-Algorithms", sections 3.1 and 4.2) as the error of an operation. So the conditioning of a softmax's or a Gaussian's
-exponents, of a batch norm over a few numbers, and of a derivative next to a kink is that of the inputs at hand: a score
-of 1000 may be off by 1000 u, which moves its weight by so much; an activation within rounding of zero has either slope.
-The bound of an element is its largest deviation over DRAWS runs, of each way of writing the formula
+and one of a quarter of that, relative to the result, which all elements of an operation have in common (a constant that
+is rounded, the bias of an approximation). The terms are the numbers that are added up: the products of a matrix product
+or a convolution, the summands of a sum, the two sides of an addition, and one term, the result, where nothing is added.
+An algorithm in that dtype commits such errors whatever the order of its sums. What they do to the result is not
+estimated by a formula per operator: the reference runs in float64, with an error drawn uniformly from that range for
+every number that it computes, and all that follows is exact. This is Monte Carlo arithmetic (Parker, Pierce and Eggert
+2000, "Monte Carlo arithmetic: how to gamble with floating point and win"), with Higham's bound for sums (2002,
+"Accuracy and Stability of Numerical Algorithms", sections 3.1 and 4.2) as the error of an operation. So the
+conditioning of a softmax's or a Gaussian's exponents, of a batch norm over a few numbers, and of a derivative next to a kink is that
+of the inputs at hand: a score of 1000 may be off by 1000 u, which moves its weight by so much; an activation within
+rounding of zero has either slope.
+The bound of an element is its largest deviation over several runs (DRAWS) of each way of writing the formula
 (`dnl_kernels.testing.formulations`).
 
 Eager PyTorch takes no part in it: its error is that of one machine's libraries, and changes with the processor. It is
@@ -36,7 +38,11 @@ from torch.utils._pytree import tree_map
 from .formulations import another_formulation
 
 SAFETY = 8.0  # of an elementary function that is off by two units in the last place, and of a sum's several roundings
-DRAWS = 8  # the largest of so many uniform errors is under an eighth of its range once in 10^7
+# Runs of each formulation: the largest of 8 uniform errors is under an eighth of its range once in 10^7. In half types
+# many activations are so near a kink that either slope is right, and every one must be seen to have both.
+DRAWS = {2: 24, 4: 8, 8: 8}
+COMMON = 0.25  # of SAFETY: a rounded constant, or the bias of an approximation, is an error that all elements share
+REFERENCE = 16.0  # by how much float64 is held less strictly, for the reference's own rounding
 aten = torch.ops.aten
 
 
@@ -154,8 +160,11 @@ class Rounding(TorchDispatchMode):
     def _round(self, result: Any, terms: Any) -> Any:
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return result
-        error = torch.empty_like(result).uniform_(-1, 1, generator=self.generator)
-        error *= self.unit * terms + self.underflow
+        own, common = (
+            torch.empty(shape, dtype=result.dtype).uniform_(-1, 1, generator=self.generator)
+            for shape in (result.shape, ())
+        )
+        error = own * (self.unit * terms + self.underflow) + common * (self.unit * COMMON) * result
         return result.add_(error.nan_to_num_(0.0, 0.0, 0.0))
 
 
@@ -170,6 +179,9 @@ def exactly(compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtyp
     unit = torch.finfo(roundoff or wide).eps / 2
     # In float64 the runs themselves round; the errors are proportional to the unit, and found with a larger one.
     drawn = unit if dtype != torch.float64 else 2.0**-30
+    # And the reference is no more exact there than what is held to it: its libraries may add up thousands of numbers
+    # one after another.
+    scale = unit / drawn * (REFERENCE if dtype == torch.float64 else 1)
     underflow = torch.finfo(wide).tiny
     exact = compute()
     deviations = tree_map(lambda t: torch.zeros_like(t) if isinstance(t, Tensor) else None, exact)
@@ -180,7 +192,7 @@ def exactly(compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtyp
             torch.maximum(largest, (other.detach() - value.detach()).abs(), out=largest)
 
     def draw():
-        for _ in range(DRAWS):
+        for _ in range(DRAWS[(roundoff or wide).itemsize]):
             with Rounding(SAFETY * drawn, underflow, generator):
                 moved = compute()
             tree_map(widen, deviations, exact, moved)
@@ -195,7 +207,7 @@ def exactly(compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtyp
     def pair(value, largest):
         if not isinstance(value, Tensor):
             return value
-        return Exact(value.detach(), largest * (unit / drawn))
+        return Exact(value.detach(), largest * scale)
 
     return tree_map(pair, exact, deviations)
 

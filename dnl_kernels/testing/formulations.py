@@ -9,6 +9,10 @@ Rounding belongs to the terms that are added, and a non-local operator can be wr
   (k_j - q_i), k_j or (k_j - centre);
 - a dot product's weights meet the keys or the values first.
 
+And a block's 3x3 convolutions are sums over the taps, or products of polynomials in four rows at a time, evaluated at
+0, +-3/4, +-3/2 and infinity (csrc/dnl_block/params.h; Lavin and Gray 2016, "Fast algorithms for convolutional neural
+networks"), whose sums also have the terms that cancel.
+
 `dnl_kernels.testing.budget` runs all of them, and a bound is the largest one.
 """
 
@@ -26,9 +30,11 @@ from ..ops.dnl_layer import reference as layer
 from ..ops.nonlocal_attention import reference as plain
 
 
-def _exponents(q, k, bandwidth, key_mask, config, second: bool) -> Tensor:
+def _exponents(q, k, bandwidth, key_mask, config, second: bool, generator: torch.Generator) -> Tensor:
     if config.kernel == "softmax":
-        return config.scale * (q @ (k - plain.mean_key(k, key_mask) if second else k).mT)
+        if second:  # any centre between zero and the mean, each coordinate its own
+            k = k - plain.mean_key(k, key_mask) * torch.rand(k.shape[-1], generator=generator, dtype=k.dtype)
+        return config.scale * (q @ k.mT)
     variance = bandwidth.square()[:, None, None]
     if second:
         return (q[..., :, None, :] - k[..., None, :, :]).square().sum(-1) / (-2 * variance)
@@ -38,6 +44,8 @@ def _exponents(q, k, bandwidth, key_mask, config, second: bool) -> Tensor:
 
 
 def _attention(second: bool):
+    generator = torch.Generator().manual_seed(0)
+
     def attention(query, key, value, bandwidth, key_mask, config, first_query=0) -> Tensor:
         q, k, v = (t.mT if config.channels_first else t for t in (query, key, value))
         allowed = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool)
@@ -49,7 +57,9 @@ def _attention(second: bool):
             seen = allowed.sum(-1, keepdim=True).clamp(min=1) if config.normalize else 1
             out = q @ (k.mT @ v) / seen
         else:
-            exponent = _exponents(q, k, bandwidth, key_mask, config, second).masked_fill(~allowed, float("-inf"))
+            exponent = _exponents(q, k, bandwidth, key_mask, config, second, generator).masked_fill(
+                ~allowed, float("-inf")
+            )
             highest = exponent.detach().amax(-1, keepdim=True)
             w = (exponent - torch.where(highest.isfinite(), highest, 0)).exp()
             sees = allowed.any(-1, keepdim=True)
@@ -77,6 +87,31 @@ def _non_local(second: bool):
         return out.mT.unflatten(2, y.shape[2:]) if y.dim() == 4 else out
 
     return non_local
+
+
+A, B = 0.75, 1.5  # the points
+FILTERS = [[64 / 81, 0, 0], [-128 / 243, -32 / 81, -8 / 27], [-128 / 243, 32 / 81, -8 / 27],
+           [32 / 243, 16 / 81, 8 / 27], [32 / 243, -16 / 81, 8 / 27], [0, 0, 1]]  # fmt: skip
+P, S = A**2 * B**2, A**2 + B**2
+ROWS = [[P, 0, -S, 0, 1, 0], [0, -A * B**2, -(B**2), A, 1, 0], [0, A * B**2, -(B**2), -A, 1, 0],
+        [0, -B * A**2, -(A**2), B, 1, 0], [0, B * A**2, -(A**2), -B, 1, 0], [0, P, 0, -S, 0, 1]]  # fmt: skip
+PRODUCTS = [
+    [1, 1, 1, 1, 1, 0],
+    [0, A, -A, B, -B, 0],
+    [0, A**2, A**2, B**2, B**2, 0],
+    [0, A**3, -(A**3), B**3, -(B**3), 1],
+]
+
+
+def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+    """scale * (W (*) x) + bias for 3x3 filters, four rows at a time."""
+    height, groups = x.shape[2], -(-x.shape[2] // 4)
+    filters, rows, products = (torch.tensor(m, dtype=x.dtype) for m in (FILTERS, ROWS, PRODUCTS))
+    parts = F.pad(x, (0, 0, 1, 4 * groups - height + 1)).unfold(2, 6, 4) @ rows.mT  # [B, C, groups, W, 6]
+    of_filters = torch.einsum("kr,dcrt->kdct", filters, weight)
+    found = [F.conv2d(parts[..., k], of_filters[k][:, :, None], padding=(0, 1)) for k in range(6)]
+    y = (torch.stack(found, -1) @ products.mT).movedim(-1, 3).flatten(2, 3)[:, :, :height]
+    return scale * y if bias is None else scale * y + bias[:, None, None]
 
 
 def _of_attention(config, second: bool) -> bool:
@@ -111,11 +146,11 @@ def another_formulation(second: bool) -> Iterator[list[str]]:
         _attention(second),
         lambda *given: given[1].numel() > 0 and _of_attention(given[5], second),
     )
-    places = [
-        (plain, "nonlocal_attention", attention),
-        (layer, "non_local", non_local),
-        (block, "non_local", non_local),
-    ]
+    affine = chosen(
+        block.affine, _by_rows, lambda *given: second and given[0].numel() > 0 and given[1].shape[2:] == (3, 3)
+    )
+    places = [(plain, "nonlocal_attention", attention), (layer, "non_local", non_local)]
+    places += [(block, "non_local", non_local), (block, "affine", affine)]
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, function in places:
         setattr(module, name, function)

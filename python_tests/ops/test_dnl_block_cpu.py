@@ -109,16 +109,21 @@ def biased(config):
     return not (config.norm and config.training and (config.bottleneck or not config.preactivation))
 
 
-def check(config, shape, dtype, kernels=fused, change=lambda x: x):
-    """States, statistics and every gradient within the budget. change: of the input that is drawn."""
+def check(config, shape, dtype, kernels=fused, levels=lambda: [None]):
+    """States, statistics and every gradient within the budget."""
     batch, height, width = shape
-    x = change(torch.randn(batch, config.in_channels, height, width, dtype=torch.float64)).to(dtype)
+    x = torch.randn(batch, config.in_channels, height, width, dtype=torch.float64).to(dtype)
     layers = parameters_of(config, dtype, biased(config))
     assert kernels.limit(x, layers, config, None) is None
-    states, statistics, grads = step(kernels.dnl_block, x, layers, config)
     wide = x.double(), cast(layers, torch.float64)
-    exact, exact_statistics, exact_grads = exactly(lambda: step(reference.dnl_block, *wide, config), dtype, dtype)
-    assert_within_budget("states", states, exact)
+    exact = exactly(lambda: step(reference.dnl_block, *wide, config), dtype, dtype)
+    for _ in levels():
+        compare(step(kernels.dnl_block, x, layers, config), exact)
+
+
+def compare(found, exact):
+    (states, statistics, grads), (exact_states, exact_statistics, exact_grads) = found, exact
+    assert_within_budget("states", states, exact_states)
     assert {n for n, grad in grads.items() if grad is not None} == {n for n, g in exact_grads.items() if g is not None}
     for name, exact_grad in exact_grads.items():
         if exact_grad is not None:
@@ -138,9 +143,28 @@ def check(config, shape, dtype, kernels=fused, change=lambda x: x):
 
 
 @every_case
-def test_against_float64_on_every_instruction_set(isa, config):
-    check(config, SHAPES["images"], torch.float64)
-    check(config, SHAPES["images"], torch.float32)
+def test_against_float64_on_every_instruction_set(levels, config):
+    check(config, SHAPES["images"], torch.float64, levels=levels)
+    check(config, SHAPES["images"], torch.float32, levels=levels)
+
+
+# In both orders, with rows narrower than a vector, wider, and of whole vectors: relu'(0) is 0, as torch's.
+@pytest.mark.parametrize("width", [5, 32, 40])
+@pytest.mark.parametrize("preactivation", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_activations_at_exact_zeros(isa, activation, preactivation, width):
+    config = block(activation=activation, norm=None, preactivation=preactivation)
+    layers = parameters_of(config, torch.float64)
+    x = torch.randn(2, 5, 6, width, dtype=torch.float64)
+    x[:, ::2] = 0
+    x[0, 1, :, ::3] = 0
+    with torch.no_grad():
+        for p in layers:  # outputs that are zero everywhere
+            p.affine_weight[::2] = 0
+            p.affine_bias[::2] = 0
+    states, _, grads = step(fused.dnl_block, x, layers, config)
+    exact, _, exact_grads = step(reference.dnl_block, x, layers, config)
+    torch.testing.assert_close((states, grads), (exact, exact_grads), rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -152,9 +176,9 @@ def test_every_shape(name, shape):
 @pytest.mark.parametrize("shape", [(3, 7, 5), (2, 23, 24), (4, 1, 1), (16, 1, 1)],
                          ids=["all-images", "single", "one-pixel", "more-of-one-pixel"])  # fmt: skip
 @pytest.mark.parametrize("config", BOTTLENECKS.values(), ids=BOTTLENECKS)
-def test_bottlenecks(isa, config, shape):
-    check(config, shape, torch.float64, kernels=bottleneck)
-    check(config, shape, torch.float32, kernels=bottleneck)
+def test_bottlenecks(levels, config, shape):
+    check(config, shape, torch.float64, bottleneck, levels)
+    check(config, shape, torch.float32, bottleneck, levels)
 
 
 def test_bottlenecks_in_half_precision_keep_their_states_and_inner_maps_narrow():

@@ -43,32 +43,33 @@ def exact_results(tensors, roundoff=None, **keywords):
     return exactly(lambda: run(wide, "reference", **keywords), tensors[0].dtype, roundoff)
 
 
-def check(tensors, **keywords):
+def check(tensors, levels=lambda: [None], **keywords):
     """Output and gradients within the budget. Sums are of float32 in half types, but the gradients of the scores of a
     normalised row contain the output as it was stored."""
-    out, grads = run(tensors, "cpu", **keywords)
     exact, exact_grads = exact_results(tensors, **keywords)
-    assert out.is_contiguous()
-    assert_within_budget("output", out, exact)
-    if out.dtype.itemsize == 2 and keywords.get("normalize", True) and keywords.get("kernel") != "dot":
-        _, stored = exact_results(tensors, out.dtype, **keywords)
+    if tensors[0].dtype.itemsize == 2 and keywords.get("normalize", True) and keywords.get("kernel") != "dot":
+        _, stored = exact_results(tensors, tensors[0].dtype, **keywords)
         exact_grads = [e if name == "dvalue" else s for name, e, s in zip(NAMES, exact_grads, stored, strict=False)]
-    for name, a, e in zip(NAMES, grads, exact_grads, strict=False):
-        assert_within_budget(name, a, e)
+    for _ in levels():
+        out, grads = run(tensors, "cpu", **keywords)
+        assert out.is_contiguous()
+        assert_within_budget("output", out, exact)
+        for name, a, e in zip(NAMES, grads, exact_grads, strict=False):
+            assert_within_budget(name, a, e)
 
 
 @every_case
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if "dot" not in k])
-def test_against_float64(isa, case, kernel):
+def test_against_float64(levels, case, kernel):
     tensors, mask = inputs(case, kernel, torch.float32)
-    check(tensors, key_mask=mask, **keywords(case, kernel))
+    check(tensors, levels, key_mask=mask, **keywords(case, kernel))
 
 
 @pytest.mark.parametrize("name", ["odd", "causal-key-mask", "several-parts", "large-scores"])
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if "dot" not in k])
-def test_float64(isa, name, kernel):
+def test_float64(levels, name, kernel):
     tensors, mask = inputs(CASES[name], kernel, torch.float64)
-    check(tensors, key_mask=mask, **keywords(CASES[name], kernel))
+    check(tensors, levels, key_mask=mask, **keywords(CASES[name], kernel))
 
 
 def large(width=128, queries=70, keys=50, dtype=torch.float32):
@@ -162,9 +163,9 @@ def test_dot_against_float64(case, kernel, dtype):
 @pytest.mark.parametrize("name", ["channels-first", "causal-key-mask"])
 @pytest.mark.parametrize("kernel", EXPONENTIAL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_types_accumulate_in_float32(isa, name, kernel, dtype):
+def test_half_types_accumulate_in_float32(levels, name, kernel, dtype):
     tensors, mask = inputs(CASES[name], kernel, dtype)
-    check(tensors, key_mask=mask, **keywords(CASES[name], kernel))
+    check(tensors, levels, key_mask=mask, **keywords(CASES[name], kernel))
 
 
 @st.composite
@@ -265,10 +266,10 @@ def test_a_number_and_tensors_of_both_shapes_mean_the_same_bandwidth():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("size", [30.0, 100.0])
-def test_logits_of_ten_thousand(isa, dtype, size):
+def test_logits_of_ten_thousand(levels, dtype, size):
     q, k = (size * torch.randn(1, 1, 40, 1, dtype=dtype) for _ in range(2))
     v = torch.randn(1, 1, 40, 6, dtype=dtype)
-    check([q, k, v, None], scale=1.0)
+    check([q, k, v, None], levels, scale=1.0)
 
 
 @pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
@@ -425,6 +426,25 @@ def test_second_derivatives_tile_by_tile(monkeypatch, kernel, words):
 
     assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("words", [{}, {"causal": True}, {"layout": "channels_first"}], ids=str)
+@every_kernel
+def test_first_derivatives_with_create_graph_are_the_same_over_several_tiles(monkeypatch, kernel, words):
+    """gradgradcheck differentiates the tiles' own derivative and would agree with a wrong one."""
+    monkeypatch.setattr(tiled, "TILE_NUMBERS", 2 * 2 * 5)
+    tensors, mask = inputs(Case(1, 2, 9, 5, 3, 2, words, 0.7), kernel, torch.float64)
+    found = []
+    for backend, create_graph in (("cpu", True), ("cpu", False), ("reference", False)):
+        leaves = [t.clone().requires_grad_() for t in tensors if t is not None]
+        q, k, v, *bandwidth = leaves
+        out = dnl.nonlocal_attention(
+            q, k, v, bandwidth=bandwidth[0] if bandwidth else None, key_mask=mask, backend=backend,
+            **{**KERNELS[kernel], **words},
+        )  # fmt: skip
+        found.append(torch.autograd.grad(out, leaves, cotangent(out), create_graph=create_graph))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-10, atol=1e-12)
 
 
 class Largest(TorchDispatchMode):

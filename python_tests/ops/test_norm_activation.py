@@ -50,6 +50,22 @@ def test_every_gradient_in_float64_and_float32(shape, activation, measures, pool
 
 
 @pooling
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("width", [3, 16, 37])
+def test_activations_at_exact_zeros(isa, width, activation, pool):
+    """relu'(0) is 0, in whole vectors and in the rest."""
+    x = torch.randn(2, 3, 4, width, dtype=torch.float64)
+    x[:, 0] = 0
+    x[0, 1, :, ::2] = 0
+    leaves = [t.requires_grad_() for t in (x, torch.randn(3).double(), torch.zeros(3).double())]
+    given = torch.zeros(3).double(), torch.ones(3).double()
+    ours, expected = (
+        results(f, leaves, given, activation, pool) for f in (cpu.norm_activation, reference.norm_activation)
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+
+
+@pooling
 @given
 def test_derivatives(measures, pool):
     leaves, statistics = arguments((2, 2, 5, 4), torch.float64, measures)
