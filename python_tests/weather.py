@@ -13,10 +13,18 @@ import subprocess
 import sys
 import time
 
-TESTS = ["python_tests/test_budget.py", "python_tests/ops", "python_tests/nn/test_block.py",
-         "python_tests/nn/test_depth.py", "python_tests/nn/test_nonlocal2d.py", "python_tests/test_contracts.py"]  # fmt: skip
-INTERPRETER = ["python_tests/triton_backend/interpreter/" + name for name in
-               ("test_dense_sum.py", "test_dense_linear.py", "test_nonlocal_attention.py")]  # fmt: skip
+TESTS = [
+    "python_tests/test_budget.py",
+    "python_tests/ops",
+    "python_tests/nn/test_block.py",
+    "python_tests/nn/test_depth.py",
+    "python_tests/nn/test_nonlocal2d.py",
+    "python_tests/test_contracts.py",
+]
+INTERPRETER = [
+    "python_tests/triton_backend/interpreter/" + name
+    for name in ("test_dense_sum.py", "test_dense_linear.py", "test_nonlocal_attention.py")
+]
 NUMERICAL = "float64 or budget or float32 or dtype or torchvision or instruction_set or numerics or low_precision"
 
 

@@ -14,9 +14,9 @@ estimated by a formula per operator: the reference runs in float64, with an erro
 every number that it computes, and all that follows is exact. This is Monte Carlo arithmetic (Parker, Pierce and Eggert
 2000, "Monte Carlo arithmetic: how to gamble with floating point and win"), with Higham's bound for sums (2002,
 "Accuracy and Stability of Numerical Algorithms", sections 3.1 and 4.2) as the error of an operation. So the
-conditioning of a softmax's or a Gaussian's exponents, of a batch norm over a few numbers, and of a derivative next to a kink is that
-of the inputs at hand: a score of 1000 may be off by 1000 u, which moves its weight by so much; an activation within
-rounding of zero has either slope.
+conditioning of a softmax's or a Gaussian's exponents, of a batch norm over a few numbers, and of a derivative next to
+a kink is that of the inputs at hand: a score of 1000 may be off by 1000 u, which moves its weight by so much; an
+activation within rounding of zero has either slope.
 The bound of an element is its largest deviation over several runs (DRAWS) of each way of writing the formula
 (`dnl_kernels.testing.formulations`).
 
