@@ -17,7 +17,7 @@ endif
 SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=null,alignment,object-size \
 	-fno-sanitize-recover=undefined
 
-.PHONY: help demo test lint bench bench-smoke build sanitize install-check cuda-check mutation-check test-gpu bench-gpu gpu-day clean
+.PHONY: help demo test test-weather lint bench bench-smoke build sanitize install-check cuda-check mutation-check test-gpu bench-gpu gpu-day clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
@@ -34,8 +34,15 @@ demo: build ## train the paper's depth sweep on digits (CPU, a few minutes)
 	$(BIN)/dnl train --dataset digits --depths 2 4 8 16 --epochs 6 --repeats 2 --out out/demo --resume
 
 test: build ## the whole test suite; Triton's kernels interpreted in a process of their own
-	$(PARALLEL) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
-	$(PARALLEL) TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) python_tests/triton_backend/interpreter
+	@suite=passed; interpreter=passed; \
+	$(PARALLEL) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile || suite=FAILED; \
+	$(PARALLEL) TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) \
+		python_tests/triton_backend/interpreter || interpreter=FAILED; \
+	echo "make test: the suite $$suite, the Triton interpreter $$interpreter"; \
+	[ $$suite$$interpreter = passedpassed ]
+
+test-weather: build ## the numerical tests under other libraries, levels, threads and seeds (minutes; a table)
+	$(BIN)/python python_tests/weather.py
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -67,8 +74,11 @@ cuda-check: $(READY) ## compile every GPU kernel without a GPU, count traffic, a
 	$(BIN)/python -m dnl_kernels.testing.cuda_gate --markdown docs/gpu/cuda-compile.md
 	DNL_EMULATOR_FLAVOUR=banks $(BIN)/python -m dnl_kernels.testing.cuda_traffic --markdown docs/gpu/cuda-traffic.md
 
-mutation-check: build ## break the Triton kernels on purpose and see their tests fail
-	$(BIN)/python python_tests/triton_backend/mutations.py
+mutation-check: build ## break the C++ and the Triton kernels on purpose and see their tests fail
+	@cpu=passed; triton=passed; \
+	$(BIN)/python python_tests/cpu_backend/mutations.py || cpu=FAILED; \
+	$(BIN)/python python_tests/triton_backend/mutations.py || triton=FAILED; \
+	echo "make mutation-check: C++ $$cpu, Triton $$triton"; [ $$cpu$$triton = passedpassed ]
 
 test-gpu: build ## the operators' tests on a CUDA device; says so and skips where there is none
 	$(BIN)/python -m pytest python_tests/gpu -rs

@@ -15,7 +15,8 @@ os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACH
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    """From the test's name; DNL_TEST_SEED (default 0) is added, for other draws of every test."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) + int(os.environ.get("DNL_TEST_SEED", "0")))
 
 
 @pytest.fixture(autouse=True)
@@ -39,4 +40,19 @@ def isa(request):
     before = _extension._C.isa()
     _extension._C.set_isa(request.param)
     yield request.param
+    _extension._C.set_isa(before)
+
+
+@pytest.fixture
+def levels():
+    """A function that goes through the instruction-set levels of this processor, for tests whose bounds, or whose
+    expected numbers, are the same on all of them: `for level in levels()`."""
+    before = _extension._C.isa()
+
+    def each():
+        for level in _extension._C.isa_levels():
+            _extension._C.set_isa(level)
+            yield level
+
+    yield each
     _extension._C.set_isa(before)

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 
 from dnl_kernels import _backend
-from dnl_kernels.testing import assert_within_budget
+from dnl_kernels.testing import assert_within_budget, cotangent, exactly
 from dnl_kernels.testing.operators import operators
 
 OPERATORS = operators()
@@ -20,8 +20,7 @@ def leaves_of(op, dtype=torch.float64, batch=2):
 
 def gradients(op, leaves, backend=None, function=None):
     output = (function or op.call)(*leaves, **({} if function else {"backend": backend}))
-    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).reshape(output.shape).to(output)
-    return output, torch.autograd.grad(output, leaves, weights)
+    return output, torch.autograd.grad(output, leaves, cotangent(output))
 
 
 @every_operator
@@ -47,12 +46,23 @@ def test_forward_mode_and_double_backward(op):
 @pytest.mark.parametrize("dtype", _backend.ALL_DTYPES, ids=str)
 def test_every_dtype_stays_within_the_budget(op, dtype):
     leaves = leaves_of(op, dtype)
-    exact, exact_grads = gradients(op, [leaf.detach().double().requires_grad_() for leaf in leaves], "reference")
-    eager, eager_grads = gradients(op, leaves, "reference")
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact, exact_grads = exactly(lambda: gradients(op, wide, "reference"), dtype, dtype)
     actual, actual_grads = gradients(op, leaves)
-    assert_within_budget("output", actual, exact, eager)
-    for name, a, e, b in zip(op.names, actual_grads, exact_grads, eager_grads, strict=True):
-        assert_within_budget(f"d{name}", a, e, b)
+    assert_within_budget("output", actual, exact)
+    for name, a, e in zip(op.names, actual_grads, exact_grads, strict=True):
+        assert_within_budget(f"d{name}", a, e)
+
+
+@every_operator
+def test_create_graph_changes_no_gradient(op):
+    leaves = leaves_of(op)
+    found = []
+    for backend, create_graph in ((None, True), (None, False), ("reference", False)):
+        output = op.call(*leaves, backend=backend)
+        found.append(torch.autograd.grad(output, leaves, cotangent(output), create_graph=create_graph))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-9, atol=1e-11)
 
 
 @every_operator

@@ -21,15 +21,11 @@ DNL_INLINE int64_t padded_width(int64_t width) {
 }
 
 // out[u][f...] += sum_{first <= i < last} s[u][i] * rows[i][f...] for kRows keys and kCount vectors of features, where
-// first < last.
+// first < last; summed before it is added, as in accumulate_features.
 template <class V, int kRows, int kCount, class T>
 void rank_update(T* out, const T* s, const T* rows, int64_t width, int64_t first, int64_t last) {
   constexpr int kL = sizeof(V) / sizeof(T);
-  V sum[kRows][kCount];
-#pragma GCC unroll 16
-  for (int u = 0; u < kRows; u++)
-#pragma GCC unroll 2
-    for (int c = 0; c < kCount; c++) memcpy(&sum[u][c], out + u * width + c * kL, sizeof(V));
+  V sum[kRows][kCount] = {};
   int64_t i = first;
   do {  // no loop without a turn, for which the compiler would keep the sums in memory as well
     V r[kCount];
@@ -45,7 +41,12 @@ void rank_update(T* out, const T* s, const T* rows, int64_t width, int64_t first
 #pragma GCC unroll 16
   for (int u = 0; u < kRows; u++)
 #pragma GCC unroll 2
-    for (int c = 0; c < kCount; c++) memcpy(out + u * width + c * kL, &sum[u][c], sizeof(V));
+    for (int c = 0; c < kCount; c++) {
+      V before;
+      memcpy(&before, out + u * width + c * kL, sizeof(V));
+      before += sum[u][c];
+      memcpy(out + u * width + c * kL, &before, sizeof(V));
+    }
 }
 
 // The same for `keys` keys, a multiple of kRows: twice as many at a time with a single vector of features, so that as

@@ -39,24 +39,30 @@ void raise_shift(Tile<T>& t, int64_t value_width, const Limits<T>& limit, int64_
   t.shift = top;
 }
 
+// As many weights as are added up one after another. Rows are sums of positive numbers: the rounding of a plain sum of
+// hundreds would be the largest error that there is, of the output and of every gradient.
+constexpr int64_t kSummed = 48;
+
 // weight = 2^(score - shift) of `keys` keys, in place, and their sum.
 template <Exponents kExponents, Mask kMask, class T>
 void form_weights(Tile<T>& t, const Limits<T>& limit, int64_t j, int64_t keys) {
   constexpr bool kBounded = kExponents == Exponents::bounded;
   const Pair<T> shift = t.shift;
-  Pair<T> sum = t.sum;
   T* weight = t.weight;
-  for (int64_t u = 0; u < keys; u++, weight += kQueries<T>) {
-    Pair<T> x = load_pair(weight);
-    if constexpr (kExponents == Exponents::online) x = {x.a - shift.a, x.b - shift.b};
-    x = exp2_pair<kBounded>(x);
-    x = {limit.template allow<kMask>(j + u, 0, x.a), limit.template allow<kMask>(j + u, 1, x.b)};
-    store_pair(weight, x);
-    sum = {sum.a + x.a, sum.b + x.b};
-    DNL_IN_REGISTER(sum.a);
-    DNL_IN_REGISTER(sum.b);
+  for (int64_t first = 0; first < keys; first += kSummed) {
+    Pair<T> sum{};
+    for (int64_t u = first, last = smaller(keys, first + kSummed); u < last; u++, weight += kQueries<T>) {
+      Pair<T> x = load_pair(weight);
+      if constexpr (kExponents == Exponents::online) x = {x.a - shift.a, x.b - shift.b};
+      x = exp2_pair<kBounded>(x);
+      x = {limit.template allow<kMask>(j + u, 0, x.a), limit.template allow<kMask>(j + u, 1, x.b)};
+      store_pair(weight, x);
+      sum = {sum.a + x.a, sum.b + x.b};
+      DNL_IN_REGISTER(sum.a);
+      DNL_IN_REGISTER(sum.b);
+    }
+    t.sum = {t.sum.a + sum.a, t.sum.b + sum.b};
   }
-  t.sum = sum;
 }
 
 template <Score kScore, Exponents kExponents, Mask kMask, class T>

@@ -474,12 +474,11 @@ void store_scores(T* to, const T* q, const T* k, const T* bias, int64_t width, i
   }
 }
 
-// out[f] += sum_j s[j] * panels[f][j] for kFeatures features and `keys` > 0 keys, whole groups.
+// out[f] += sum_j s[j] * panels[f][j] for kFeatures features and `keys` > 0 keys, whole groups. The sum of a block starts
+// from zero: rounding grows with the length of a block and the number of blocks, not with their product.
 template <int kFeatures, int kRow, class T>
 void accumulate_features(T* out, const T* panels, int64_t width, const T* s, int64_t keys) {
-  Pair<T> sum[kFeatures];
-#pragma GCC unroll 8
-  for (int f = 0; f < kFeatures; f++) sum[f] = load_pair(out + f * kQueries<T>);
+  Pair<T> sum[kFeatures] = {};
   int64_t j = 0;
   do {
 #pragma GCC unroll 8
@@ -495,7 +494,10 @@ void accumulate_features(T* out, const T* panels, int64_t width, const T* s, int
     panels += width * kKeys;
   } while ((j += kKeys) < keys);
 #pragma GCC unroll 8
-  for (int f = 0; f < kFeatures; f++) store_pair(out + f * kQueries<T>, sum[f]);
+  for (int f = 0; f < kFeatures; f++) {
+    const Pair<T> before = load_pair(out + f * kQueries<T>);
+    store_pair<T>(out + f * kQueries<T>, {before.a + sum[f].a, before.b + sum[f].b});
+  }
 }
 
 // The same for 0 < features <= kMost.

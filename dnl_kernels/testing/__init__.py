@@ -5,8 +5,8 @@ treat them all alike.
 """
 
 from .._activations import KINDS
-from .budget import assert_within_budget, relative_error
+from .budget import Exact, assert_within_budget, cotangent, exactly, relative_error
 
-__all__ = ["ACTIVATIONS", "assert_within_budget", "relative_error"]
+__all__ = ["ACTIVATIONS", "Exact", "assert_within_budget", "cotangent", "exactly", "relative_error"]
 
 ACTIVATIONS = (*KINDS, "leaky_relu(0.2)", "leaky_relu(-1.5)")  # every kind, and slopes of both signs

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dnl_kernels as dnl
+from dnl_kernels.testing import assert_within_budget, exactly
 
 
 def plain(block, x):
@@ -82,9 +83,11 @@ def test_channels_last_half_state_dict_and_compile():
     other = dnl.NonLocal2d(4, kernel="gaussian", backend="reference").eval()
     other.load_state_dict(block.state_dict())
     torch.testing.assert_close(other(x), expected)
-    half = copy.deepcopy(block).to(torch.bfloat16)(x.to(torch.bfloat16))
-    assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.1)
+    half, x = copy.deepcopy(block).to(torch.bfloat16), x.to(torch.bfloat16)
+    wide = copy.deepcopy(other).to(torch.bfloat16).double()
+    exact = exactly(lambda: wide(x.double()), torch.bfloat16, torch.bfloat16)
+    assert half(x).dtype == torch.bfloat16
+    assert_within_budget("half", half(x), exact)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import nn
 from dnl_kernels._activations import activate
 from dnl_kernels.nn.network import NormActivation, Transition
 from dnl_kernels.ops.norm_activation import cpu, reference
-from dnl_kernels.testing import ACTIVATIONS, relative_error
+from dnl_kernels.testing import ACTIVATIONS, assert_within_budget, cotangent, exactly
 
 SIZES = [(2, 5, 8, 8), (3, 4, 7, 5), (2, 3, 1, 9), (5, 2, 1, 1), (1, 3, 17, 34), (4, 1, 2, 3)]
 pooling = pytest.mark.parametrize("pool", [None, "ceil", "floor"])
@@ -29,8 +29,7 @@ def arguments(shape, dtype, measures, seed=0):
 def results(function, leaves, statistics, activation, pool):
     out = function(*leaves, *statistics, activation, pool, 1e-5)
     out = out if isinstance(out, torch.Tensor) else out[0]
-    cotangent = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).reshape(out.shape).to(out)
-    return [out, *torch.autograd.grad(out, leaves, cotangent)]
+    return [out, *torch.autograd.grad(out, leaves, cotangent(out))]
 
 
 @pooling
@@ -41,17 +40,29 @@ def test_every_gradient_in_float64_and_float32(shape, activation, measures, pool
     if pool == "floor" and min(shape[2:]) < 2:
         assert "nothing would be left" in cpu.limit(torch.empty(shape), torch.empty(0), pool)
         return
-    errors = []
-    for seed in range(9):
-        call = {"activation": activation, "pool": pool}
-        wide, narrow = (arguments(shape, dtype, measures, seed) for dtype in (torch.float64, torch.float32))
-        exact = results(reference.norm_activation, *wide, **call)
-        for a, e in zip(results(cpu.norm_activation, *wide, **call), exact, strict=True):
-            torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
-        ways = [results(f, *narrow, **call) for f in (cpu.norm_activation, reference.norm_activation)]
-        errors.append([[relative_error(a, e) for a, e in zip(way, exact, strict=True)] for way in ways])
-    ours, eager = torch.tensor(errors).median(0).values
-    assert (ours <= 2 * (eager + 2 * torch.finfo(torch.float32).eps)).all(), (ours, eager)
+    call = {"activation": activation, "pool": pool}
+    wide, narrow = (arguments(shape, dtype, measures) for dtype in (torch.float64, torch.float32))
+    for given_ in (wide, narrow):
+        exact = exactly(lambda: results(reference.norm_activation, *wide, **call), given_[0][0].dtype)
+        found = results(cpu.norm_activation, *given_, **call)
+        for name, a, e in zip(("out", "dx", "dweight", "dbias"), found, exact, strict=True):
+            assert_within_budget(name, a, e)
+
+
+@pooling
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("width", [3, 16, 37])
+def test_activations_at_exact_zeros(isa, width, activation, pool):
+    """relu'(0) is 0, in whole vectors and in the rest."""
+    x = torch.randn(2, 3, 4, width, dtype=torch.float64)
+    x[:, 0] = 0
+    x[0, 1, :, ::2] = 0
+    leaves = [t.requires_grad_() for t in (x, torch.randn(3).double(), torch.zeros(3).double())]
+    given = torch.zeros(3).double(), torch.ones(3).double()
+    ours, expected = (
+        results(f, leaves, given, activation, pool) for f in (cpu.norm_activation, reference.norm_activation)
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
 
 
 @pooling

@@ -6,7 +6,7 @@ import torch
 import dnl_kernels as dnl
 from dnl_kernels import _backend, _triton_conv
 from dnl_kernels._triton_conv import operand
-from dnl_kernels.testing import ACTIVATIONS, assert_within_budget
+from dnl_kernels.testing import ACTIVATIONS, assert_within_budget, cotangent, exactly
 from dnl_kernels.testing.dense_linear import CASES, Case, inputs
 from dnl_kernels.testing.triton_interpreter import traffic
 
@@ -24,7 +24,7 @@ def run(case, tensors, backend):
     states = [s.detach().requires_grad_() for s in tensors["states"]]
     others = {n: t.detach().requires_grad_() for n, t in tensors.items() if n != "states" and t is not None}
     y = dnl.dense_linear(states, **others, activation=case.activation, scale=case.scale, backend=backend)
-    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape).to(y)
+    dy = cotangent(y)
     names = [*others, *(f"states[{j}]" for j in range(len(states)))]
     return y, dict(zip(names, torch.autograd.grad(y, [*others.values(), *states], dy), strict=True))
 
@@ -32,11 +32,10 @@ def run(case, tensors, backend):
 def check(case, tensors):
     wide = {n: [s.double() for s in t] if n == "states" else t if t is None else t.double() for n, t in tensors.items()}
     y, grads = run(case, tensors, "triton")
-    eager, eager_grads = run(case, tensors, "reference")
-    exact, exact_grads = run(case, wide, "reference")
-    assert_within_budget("y", y, exact, eager)
+    exact, exact_grads = exactly(lambda: run(case, wide, "reference"), y.dtype, y.dtype)
+    assert_within_budget("y", y, exact)
     for name, grad in grads.items():
-        assert_within_budget(f"d{name}", grad, exact_grads[name], eager_grads[name])
+        assert_within_budget(f"d{name}", grad, exact_grads[name])
 
 
 @pytest.mark.parametrize("case", {**CASES, **OWN_CASES}.values(), ids={**CASES, **OWN_CASES})
@@ -65,14 +64,18 @@ def test_every_activation_near_zero_and_far_out(activation, magnitude):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_at_zero_and_at_nan_are_torch_s(activation):
+def test_activations_at_zero_at_nan_and_at_infinity(activation):
+    """Values and derivatives at zero are torch's, NaN stays NaN, and infinity goes to the limit, which torch's gelu
+    reaches on some processors only (elsewhere it is inf * 0 = NaN)."""
     x = torch.tensor([[0.0], [float("nan")], [float("inf")]])
     found = []
     for backend in ("triton", "reference"):
         leaf = x.clone().requires_grad_()
         y = dnl.dense_linear([leaf], torch.ones(1, 1), activation=activation, backend=backend)
         found.append((y, torch.autograd.grad(y[:1].sum(), leaf)[0][:1]))
-    torch.testing.assert_close(*found, equal_nan=True)
+    (y, slope), (expected, expected_slope) = found
+    torch.testing.assert_close((y[:2], slope), (expected[:2], expected_slope), equal_nan=True)
+    assert y[1].isnan() and y[2].item() == (1.0 if activation == "tanh" else float("inf"))
 
 
 @every_dtype
@@ -159,4 +162,4 @@ def test_offsets_beyond_32_bits(sparse_memory):
     weight = torch.ones(1, 8, dtype=torch.float16)
     y, grads = run(case, {"states": [x], "weight": weight}, "triton")
     assert y.flatten().tolist() == [28.0, 92.0]
-    assert grads["weight"].tolist() == [(x[1] - x[0]).tolist()]
+    assert grads["weight"].tolist() == (cotangent(y).T @ x).tolist()

@@ -1,0 +1,102 @@
+"""The error budget itself: what it says of sums that are known, and eager PyTorch as a witness."""
+
+from statistics import median
+
+import pytest
+import torch
+
+from dnl_kernels.testing import Exact, assert_within_budget, exactly, named
+from dnl_kernels.testing.budget import SAFETY, share_of_budget
+from dnl_kernels.testing.formulations import another_formulation
+
+U = torch.finfo(torch.float32).eps / 2
+# Of every operator cases without and with a batch norm, peaked weights, long sums.
+WITNESSED = [
+    ("dense_sum", "images-channels"),
+    ("dense_linear", "gelu"),
+    ("dense_conv2d", "seven"),
+    ("nonlocal_attention", "softmax-odd"),
+    ("nonlocal_attention", "gaussian-large-scores"),
+    ("dnl_layer", "softmax"),
+    ("dnl_block", "densenet"),
+    ("dnl_block", "tokens-gaussian"),
+]
+
+
+def test_a_sum_that_cancels_is_held_to_its_terms():
+    x = torch.tensor([1e4, -1e4, 1.0], dtype=torch.float64)
+    value, bound = exactly(lambda: torch.sum(x * torch.ones_like(x)), torch.float32)
+    assert value == 1 and SAFETY * U * 2e4 / 8 < bound <= 2 * SAFETY * U * 2.0001e4
+    assert_within_budget(
+        "off by a unit in the last place of the terms", torch.tensor(1 + 2 * U * 1e4), Exact(value, bound)
+    )
+    with pytest.raises(AssertionError, match="sum: error .* times what rounding"):
+        assert_within_budget("sum", torch.tensor(1 + 40 * U * 1e4), Exact(value, bound))
+
+
+def test_every_element_has_its_own_bound():
+    """A row of small numbers is not excused by one of large numbers beside it."""
+    a = torch.tensor([[1e6], [1.0]], dtype=torch.float64)
+    exact = exactly(lambda: a @ torch.ones(1, 1, dtype=torch.float64), torch.float32)
+    assert_within_budget("y", a.float(), exact)
+    with pytest.raises(AssertionError):
+        assert_within_budget("y", torch.tensor([[1e6], [1.0 + 1e-5]]), exact)
+
+
+def test_an_exponent_of_a_thousand_is_conditioned_by_its_size():
+    def bound(score):
+        x = torch.tensor([score, score + 1.0, -score], dtype=torch.float64)
+        return exactly(lambda: torch.softmax(x * torch.ones(3, dtype=torch.float64), 0), torch.float32).bound[0]
+
+    assert bound(1000.0) > 50 * bound(1.0)
+
+
+def test_next_to_the_kink_either_slope_is_right_and_elsewhere_only_one():
+    def bound(z):
+        x = torch.tensor([1.0, -1.0 + z], dtype=torch.float64, requires_grad=True)
+        return exactly(lambda: torch.autograd.grad(torch.relu(x.sum()), x)[0], torch.float32).bound.max()
+
+    assert bound(1e-8) == 1 and bound(1e-4) < 1e-6
+
+
+def test_zeros_must_be_zeros():
+    x = torch.zeros(3, dtype=torch.float64)
+    exact = exactly(lambda: x * 5, torch.float32)
+    with pytest.raises(AssertionError):
+        assert_within_budget("y", torch.full((3,), 1e-30), exact)
+
+
+def test_a_plain_tensor_is_no_bound():
+    with pytest.raises(TypeError, match="y: exact is of type Tensor"):
+        assert_within_budget("y", torch.ones(2), torch.ones(2))
+
+
+OTHERS = ["softmax-odd", "gaussian-key-mask", "gaussian-causal", "dot-channels-first"]
+OTHERS = [("nonlocal_attention", name) for name in OTHERS] + [("dnl_layer", "gaussian"), ("dnl_block", "densenet")]
+
+
+@pytest.mark.parametrize("op, name", OTHERS)
+def test_other_formulations_are_the_same_formula(op, name):
+    call = named.CASES[op][name](torch.float64)
+    expected, used = named.gradients(call, call.leaves, "reference"), []
+    for second in (False, True):
+        with another_formulation(second) as replaced:
+            found = named.gradients(call, call.leaves, "reference")
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        used += replaced
+    assert used
+
+
+@pytest.mark.parametrize("op, name", WITNESSED)
+def test_eager_pytorch_is_a_witness(op, name):
+    """The median of eager's errors over seven draws lies below the bound, and not so far below that the bound would be
+    empty: between a hundredth and the whole of it (the largest over the output and all gradients). Eager is held to
+    nothing here: on a processor where this fails, it is the bound that has to be looked at."""
+    shares = []
+    for _ in range(7):
+        call = named.CASES[op][name](torch.float32)
+        wide = {n: t.double() for n, t in call.leaves.items()}
+        exact = exactly(lambda call=call, wide=wide: named.gradients(call, wide, "reference"), torch.float32)
+        eager = named.gradients(call, call.leaves, "reference")
+        shares.append(max(share_of_budget(eager[n], e) for n, e in exact.items()))
+    assert 0.01 <= median(shares) <= 1.0, shares
