@@ -40,6 +40,8 @@ NAMES = "identity, relu, leaky_relu, leaky_relu(SLOPE), tanh, gelu, silu"  # for
 
 def parse(activation: str) -> tuple[str, float]:
     """(kind, slope) of an activation's name. Raises ValueError for any other string."""
+    if activation in KINDS:
+        return activation, LEAKY_SLOPE
     kind, slope = activation, LEAKY_SLOPE
     if activation.startswith("leaky_relu(") and activation.endswith(")"):
         kind, number = "leaky_relu", activation[len("leaky_relu(") : -1]

@@ -134,6 +134,8 @@ class Plan:
             return None
         if not dense_layers.plain_tensors([t for row in given for t in row.values()]):
             return None
+        if config.spatial_dims != 2 and not recorded([*states, *(t for row in given for t in row.values())]):
+            return None  # what the kernels save there is memory for a backward pass
         x0 = states[0] if len(states) == 1 else torch.cat(states, self.axis)
         buffer = self._evaluate(segment, x0, given, backend)
         if buffer is None:

@@ -43,6 +43,7 @@ SAFETY = 8.0  # of an elementary function that is off by two units in the last p
 DRAWS = {2: 24, 4: 8, 8: 8}
 COMMON = 0.25  # of SAFETY: a rounded constant, or the bias of an approximation, is an error that all elements share
 REFERENCE = 16.0  # by how much float64 is held less strictly, for the reference's own rounding
+UNDERFLOW = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps  # in units of what SAFETY and u multiply
 aten = torch.ops.aten
 
 
@@ -75,7 +76,8 @@ TERMS: dict[Any, Callable[..., Tensor]] = {
     aten.gelu.default: lambda x, **_: x.abs(),  # x (1 + erf) / 2
     aten.gelu_backward.default: _gelu_slope_terms,
     aten.silu.default: lambda x: (1 + x.abs()) * (x * x.sigmoid()).abs(),
-    aten.silu_backward.default: lambda g, x: g.abs() * x.sigmoid() * (1 + x.abs()),
+    # A sigmoid that underflows, to zero or to the smallest normal number of float32, is multiplied by x and g.
+    aten.silu_backward.default: lambda g, x: g.abs() * (x.sigmoid() + UNDERFLOW) * (1 + x.abs()),
     aten.tanh_backward.default: lambda g, y: g.abs() * (1 + y.square()),
 }
 MOVES = {

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..._kept import Kept
 from ...ops.norm_activation import cpu as norm_activation
+from ...ops.transition import cpu as evaluated
 from .. import layers, running_statistics
 from .base import Executor, Skeleton, get, is_activation, is_convolution, is_norm, origin
 
@@ -97,6 +99,7 @@ def _all(value: Any, expected: int) -> bool:
 class TransitionExecutor:
     def __init__(self, owner: nn.Module, blueprint: Blueprint, backend: str | None, family: Transitions):
         self._owner, self._blueprint, self._backend, self._family = owner, blueprint, backend, family
+        self._kept = Kept()
 
     def __call__(self, x: Tensor) -> Tensor | None:
         owner, blueprint = self._owner, self._blueprint
@@ -112,11 +115,12 @@ class TransitionExecutor:
             return None
         if min(x.shape[2:], default=0) < 2 or x.dim() != len(convolution.kernel_size) + 2:
             return None
-        z = self._fused(x)
-        return self._family.execute_plainly(owner, blueprint, x) if z is None else convolution(z)
+        z = self._fused(x, convolution)
+        return self._family.execute_plainly(owner, blueprint, x) if z is None else z
 
-    def _fused(self, x: Tensor) -> Tensor | None:
-        """The pooled activation in one pass, where norm and activation are PyTorch's own."""
+    def _fused(self, x: Tensor, convolution: Any) -> Tensor | None:
+        """Where norm and activation are PyTorch's own: one pass in evaluation, else one for the pooled activation in
+        front of the convolution."""
         norm: Any = get(self._owner, self._blueprint.norm)
         path = self._blueprint.activation
         activation: Any = norm._modules["act"] if path is None else get(self._owner, path)
@@ -132,7 +136,12 @@ class TransitionExecutor:
             or self._backend not in (None, "cpu")
         ):
             return None
+        tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         measures = norm.training or norm.running_mean is None
+        if not measures and not evaluated.limit(x, (convolution.weight, convolution.bias, *tensors)):
+            return evaluated.transition(
+                x, convolution.weight, convolution.bias, tensors, FUSED[type(activation)], True, norm.eps, self._kept
+            )
         mean, var = (None, None) if measures else (norm.running_mean, norm.running_var)
         dtypes = {t.dtype for t in (x, norm.weight, norm.bias, mean, var) if t is not None}
         if len(dtypes) > 1 or norm_activation.limit(x, mean, "floor"):
@@ -142,4 +151,4 @@ class TransitionExecutor:
         )
         if measures:
             running_statistics.update([(norm, mean, var)], x.numel() // x.shape[1])
-        return z
+        return convolution(z)
