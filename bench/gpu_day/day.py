@@ -121,8 +121,8 @@ class Day:
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """The whole session of a step: what it started must not stay on the card. Asked first: a ninja that is killed leaves
-    a log of its work that says less than was done."""
+    """The whole session of a step: what it started must not stay on the card. Asked first: a ninja that is killed
+    leaves a log of its work that says less than was done."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
