@@ -95,7 +95,7 @@ def project_kernel(
     if SKIP_WEIGHT is not None:
         y = _accumulated(
             y, (SKIP, skip_numbers), X, SKIP_WEIGHT, None, None, image, place, inside, n, 1, plane, width, outputs,
-            skip_steps[0], skip_steps[1], skip_steps[2], SIZE, "identity", LAST, SKIP_ALIGNED, PRECISION, 0, C,
+            skip_steps[0], skip_steps[1], skip_steps[2], SIZE, "identity", 0.0, LAST, SKIP_ALIGNED, PRECISION, 0, C,
         )  # fmt: skip
     if BIAS is not None:
         y += tl.load(BIAS + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
