@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dnl_kernels._activations import ACTIVATIONS
 from dnl_kernels.nn.network import Transition
 from dnl_kernels.ops.transition import cpu, reference
-from dnl_kernels.testing import assert_within_budget, relative_error
+from dnl_kernels.testing import ACTIVATIONS, assert_within_budget, relative_error
 
 SHAPES = [
     (2, 5, 3, 7, 9),
