@@ -145,7 +145,7 @@ MUTATIONS = [
     # dense_linear
     Mutation(LINEAR, "term", "dpre.sum(0)", "dpre[1:].sum(0)", "test_dense_linear.py", "float64"),
     Mutation(LINEAR, "term", "(dpre * x).sum(0)", "(dpre * pre).sum(0)", "test_dense_linear.py", "float64"),
-    Mutation(LINEAR, "scale", "torch.cat(dweights, 1).mul_(config.scale)", "torch.cat(dweights, 1)",
+    Mutation(LINEAR, "scale", "_joined(dweights).mul_(config.scale)", "_joined(dweights)",
              "test_dense_linear.py", "float64"),
     Mutation(LINEAR, "little", "torch.addmm(y, z, w.mT, alpha=config.scale)",
              "torch.addmm(y, z, w.mT, alpha=config.scale * (1.00002 if dtype == torch.float32 else 1 + 1e-10))",
