@@ -41,7 +41,7 @@ CASES = {
     "paper-input-skip": block(preactivation=False, input_skip=True, training=True, tau=1 / 3, activation="leaky_relu"),
     "paper-skip-only": block(NOTHING_READ, preactivation=False, input_skip=True, norm=None, tau=0.5),
     # Smooth: Winograd's rounding differs from eager's, and one pre-activation within it of a kink decides a gradient.
-    "wide": block(growth=32, in_channels=17, training=True, activation="silu"),
+    "wide": block(growth=32, in_channels=17, training=True),
 }
 BOTTLENECKS = {
     "bc": block(bottleneck=4, training=True),
