@@ -177,28 +177,32 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
-def autocast_affine(
-    op: str, states: object, weight: Any, bias: Any, norm_scale: Any, norm_shift: Any, activation: str
-) -> tuple[list[Any], Any, Any, Any, Any, torch.dtype] | None:
-    """The tensors of a dense accumulation in an autocast region of their device, and the dtype of its result; None
-    outside of one. As with torch's operators one by one: the product is of narrowed operands, while float32 states are
-    normalised and activated in float32 first."""
+def affine_in_autocast(
+    function: Callable[..., Tensor], states: Any, weight: Any, bias: Any, norm_scale: Any, norm_shift: Any, *,
+    activation: str, **options: Any,
+) -> Tensor | None:  # fmt: skip
+    """The dense accumulation `function` in an autocast region of its tensors' device; None outside of one. As with
+    torch's operators one by one: the product is of narrowed operands, while float32 states are normalised and activated
+    in float32 first."""
+    op = function.__name__
     check_tensor(op, "weight", weight)
     if not autocasts(weight.device.type):
         return None
     given = check_states(op, states, mixed=True)
-    for name, option in (("bias", bias), ("norm_scale", norm_scale), ("norm_shift", norm_shift)):
-        if option is not None:
-            check_tensor(op, name, option)
-    weight, bias, scale, shift, *narrow = autocast(weight, bias, norm_scale, norm_shift, *given)
+    vectors = {"bias": bias, "norm_scale": norm_scale, "norm_shift": norm_shift}
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_tensor(op, name, vector)
+    operands = autocast(weight, *vectors.values(), *given)
+    assert operands[0] is not None
+    dtype = operands[0].dtype
     plain = norm_scale is None and norm_shift is None and activation == "identity"
-    if plain or all(state.dtype != torch.float32 for state in given):
-        return narrow, weight, bias, scale, shift, weight.dtype
-
-    def wide(t: Tensor | None) -> Tensor | None:
-        return t if t is None else t.to(torch.float32)
-
-    return [wide(t) for t in given], wide(weight), wide(bias), wide(norm_scale), wide(norm_shift), weight.dtype
+    if not plain and any(state.dtype == torch.float32 for state in given):
+        operands = [t if t is None else t.to(torch.float32) for t in (*operands[:4], *given)]
+    narrow, *narrow_vectors = operands[:4]
+    with outside_autocast(weight):
+        named = dict(zip(vectors, narrow_vectors, strict=True))
+        return function(operands[4:], narrow, **named, activation=activation, **options).to(dtype)
 
 
 def outside_autocast(like: Tensor) -> AbstractContextManager[Any]:

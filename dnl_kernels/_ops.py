@@ -1,8 +1,8 @@
 """The registered operators: one table of schemas with their fakes (shape functions). It imports torch only.
 
 An operator `<op>` has `<op>_fwd` and `<op>_bwd` in the namespace `dnl`, where the dispatcher finds the C++ kernels by
-device, and the same pair in `dnl_triton`, where it finds the functions of these names in ops/<op>/triton.py, which is
-imported at the first call. Autograd is not registered here: see _autograd.py.
+device. Those of TRITON stand in `dnl_triton` too, where it finds the functions of their names in ops/<op>/triton.py,
+which is imported at the first call. Autograd is not registered here: see _autograd.py.
 """
 
 from __future__ import annotations
@@ -414,14 +414,22 @@ SCHEMAS: dict[str, Schema] = {
     ),
 }
 
+TRITON = {
+    f"{op}_{way}"
+    for op in ("dense_sum", "dense_linear", "dense_conv2d", "nonlocal_attention", "dnl_layer", "dnl_block")
+    for way in ("fwd", "bwd")
+}
+
 _libraries: list[torch.library.Library] = []  # a Library withdraws its definitions when it is collected
 
 
 def define(namespaces: tuple[str, ...] = NAMESPACES) -> None:
-    """Defines every operator of the table in each namespace. Called once, before the compiled library is loaded."""
+    """Defines the operators of the table in each namespace. Called once, before the compiled library is loaded."""
     for namespace in namespaces:
         library = torch.library.Library(namespace, "DEF")
         for name, schema in SCHEMAS.items():
+            if namespace == "dnl_triton" and name not in TRITON:
+                continue
             library.define(name + schema.signature, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"{namespace}::{name}", schema.fake, lib=library)
             if namespace == "dnl_triton":

@@ -11,7 +11,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .._activations import activate
 from ..ops.dense_conv2d.api import dense_conv2d
-from .operators import Operator
+from .operator import Operator
 
 
 class Case(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dense_linear.api import dense_linear
-from .operators import Operator
+from .operator import Operator
 
 
 class Case(NamedTuple):

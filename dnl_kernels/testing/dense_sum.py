@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dense_sum.api import dense_sum
-from .operators import Operator
+from .operator import Operator
 
 
 class Case(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..ops.dnl_block.api import dnl_block
 from ..ops.dnl_block.config import BlockConfig, LayerParameters
-from .operators import Operator
+from .operator import Operator
 
 DENSE3 = ((True,), (True, True), (True, True, True))
 WINDOW3 = ((True,), (True, True), (False, True, True))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dnl_layer.api import dnl_layer
-from .operators import Operator
+from .operator import Operator
 
 
 class Case(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..ops.nonlocal_attention.api import nonlocal_attention
 from .budget import relative_error
-from .operators import Operator
+from .operator import Operator
 
 
 class Case(NamedTuple):

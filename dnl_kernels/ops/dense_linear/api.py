@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _backend
-from ..._autograd import autocast_affine, differentiable, outside_autocast
+from ..._autograd import affine_in_autocast, differentiable
 from ..._checks import check_affine, check_states, check_vectors, fail, shape
 from . import cpu, reference
 
@@ -58,15 +58,11 @@ def dense_linear(
 
     Source: DNL Def. 1 (the affine map of several states), DNL (1) with K_{l,j} a matrix that acts on each token.
     """
-    if torch._C._is_any_autocast_enabled() and (narrowed := autocast_affine(
-        OP, states, weight, bias, norm_scale, norm_shift, activation
-    )):  # fmt: skip
-        with outside_autocast(weight):
-            states, weight, bias, norm_scale, norm_shift, dtype = narrowed
-            return dense_linear(
-                states, weight, bias, norm_scale=norm_scale, norm_shift=norm_shift, activation=activation, scale=scale,
-                backend=backend,
-            ).to(dtype)  # fmt: skip
+    if torch._C._is_any_autocast_enabled():
+        tensors = (states, weight, bias, norm_scale, norm_shift)
+        y = affine_in_autocast(dense_linear, *tensors, activation=activation, scale=scale, backend=backend)
+        if y is not None:
+            return y
     states = check_states(OP, states)
     first, channels = states[0], 0
     check_affine(OP, first, weight, bias, norm_scale, norm_shift, activation, scale)

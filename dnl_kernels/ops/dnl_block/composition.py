@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..dnl_layer import fused
-from ..dnl_layer.composition import affine, folds, non_local, non_local_of_affine
+from ..dnl_layer.composition import non_local
 from ..dnl_layer.config import LayerConfig
+from ..dnl_layer.non_local import affine, folds, non_local_of_affine
 from ..dnl_layer.pointwise import normalise_activate
 from .config import BlockConfig, Statistics
 from .statistics import channel_statistics, fold

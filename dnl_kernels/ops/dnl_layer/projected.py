@@ -16,6 +16,7 @@ from ... import _backend
 from ..._autograd import differentiable
 from ..._ops import attends_in_groups
 from .config import NonLocalParameters
+from .non_local import composed_non_local
 from .pointwise import wide
 
 
@@ -234,8 +235,6 @@ def _backward(config: Config, dx, tensors, extra, needs):
 
 
 def _reference(config: Config, tensors):
-    from .composition import composed_non_local
-
     theta = NonLocalParameters(*tensors[1:])
     return composed_non_local(tensors[0], theta, config.kernel, config.heads, None)
 
