@@ -41,7 +41,7 @@ def weathers() -> list[dict[str, str]]:
 def run(weather: dict[str, str], tests: list[str], processes: int, selected: str | None):
     """What came of it, the seconds, and the names of the tests that failed."""
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "OMP_WAIT_POLICY": "passive", **weather}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-m", "not slow", *tests]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=line", "-rfE", "-m", "not slow", *tests]
     command += ["--numprocesses", str(processes), *(["-k", selected] if selected else [])]
     started = time.perf_counter()
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
