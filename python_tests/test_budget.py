@@ -1,5 +1,6 @@
 """The error budget itself: what it says of sums that are known, and eager PyTorch as a witness."""
 
+import copy
 from statistics import median
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from dnl_kernels import _backend
 from dnl_kernels._activations import activate
 from dnl_kernels.ops.norm_activation import cpu
-from dnl_kernels.testing import Exact, assert_within_budget, exactly, named
+from dnl_kernels.testing import Exact, assert_within_budget, cotangent, exactly, named
 from dnl_kernels.testing.budget import SAFETY, share_of_budget
 from dnl_kernels.testing.formulations import another_formulation
 
@@ -106,6 +107,31 @@ def test_eager_pytorch_is_a_witness(op, name):
         eager = named.gradients(call, call.leaves, "reference")
         shares.append(max(share_of_budget(eager[n], e) for n, e in bounds(call).items()))
     assert 0.01 <= median(shares) <= 1.0, shares
+
+
+def test_networks_have_nothing_that_does_not_round():
+    """Each of these operations alone moves its result, and PyTorch in float32 is within the bound."""
+    x = torch.randn(3, 4, 6).double()
+    layer = torch.nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True, norm_first=True)
+    wide = copy.deepcopy(layer).double()
+    functions = {
+        "layer_norm": lambda x: torch.nn.functional.layer_norm(x, (6,)),
+        "log_softmax": lambda x: x.log_softmax(-1),
+        "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+        "pooling": lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2),
+        "layer": lambda x: (wide if x.dtype == torch.float64 else layer)(x),
+    }
+    for name, function in functions.items():
+
+        def both(x, function=function):
+            x = x.detach().requires_grad_()
+            y = function(x)
+            return y.detach(), torch.autograd.grad(y, x, cotangent(y))[0]
+
+        exact = exactly(lambda both=both: both(x), torch.float32)
+        for found, e in zip(both(x.float()), exact, strict=True):
+            assert_within_budget(name, found, e)
+            assert 0 < e.bound.max() < 1e-3, name
 
 
 WELL_CONDITIONED = ["dense_sum", "dense_linear", "dense_conv2d"]  # no exponents, and no norm that cancels a gradient

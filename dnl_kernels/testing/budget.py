@@ -47,6 +47,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -83,6 +85,8 @@ SUMS = {
     aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.convolution.default,
     aten.convolution_backward.default, aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim,
     aten.avg_pool2d.default, aten.avg_pool2d_backward.default, aten.add.Tensor, aten.add_.Tensor,
+    aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default,
+    aten.max_pool2d_with_indices_backward.default, aten.upsample_nearest2d_backward.default,
 }  # fmt: skip
 TERMS: dict[Any, Callable[..., Tensor]] = {
     aten.sub.Tensor: lambda a, b, alpha=1: abs(a) + abs(alpha * b),
@@ -142,8 +146,28 @@ def _batch_norm_backward(g, x, weight, running_mean, running_var, mean, inverse,
     return g * rate * _columns(x, weight), dweight, dbias
 
 
+def _log_softmax(x, dim, _):
+    x = x - x.amax(dim, keepdim=True)
+    return x - x.exp().sum(dim, keepdim=True).log()
+
+
+def _log_softmax_backward(g, y, dim, _):
+    return g - y.exp() * g.sum(dim, keepdim=True)
+
+
+def _var_mean(x, dim, *, correction=0, keepdim=False):
+    mean = x.mean(dim, keepdim=True)
+    var = (x - mean).square().sum(dim, keepdim=keepdim) / (x.numel() // mean.numel() - correction)
+    return var, mean if keepdim else mean.squeeze(dim)
+
+
 # Operations that consist of several of the above.
 COMPOSED: dict[Any, Callable[..., Any]] = {
+    aten._safe_softmax.default: lambda x, dim, dtype=None: _softmax(x, dim, False),
+    aten._log_softmax.default: _log_softmax,
+    aten._log_softmax_backward_data.default: _log_softmax_backward,
+    aten.var_mean.correction: _var_mean,
+    **get_decompositions([aten.native_layer_norm, aten.native_layer_norm_backward]),
     aten._softmax.default: _softmax,
     aten._softmax_backward_data.default: _softmax_backward,
     aten.native_batch_norm.default: _batch_norm,
@@ -187,12 +211,15 @@ class Rounding(TorchDispatchMode):
         return result.add_(error.nan_to_num_(0.0, 0.0, 0.0))
 
 
-def exactly(compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtype | None = None) -> Any:
+def exactly(
+    compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtype | None = None, draws: int | None = None
+) -> Any:
     """What `compute()` returns, every tensor as an `Exact`: its value, and its bound for results of `dtype`.
 
     compute: runs the reference in float64, with whatever gradients are asked for, from the same inputs each time.
     roundoff: the dtype that operations round to, by default `dtype` and for half types float32, in which they are added
     up and rounded once, when a result is stored. Where what is kept between operations is of a half type, say so.
+    draws: runs of each formulation, if not as many as DRAWS says.
     """
     wide = torch.promote_types(dtype, torch.float32)
     unit = torch.finfo(roundoff or wide).eps / 2
@@ -210,8 +237,8 @@ def exactly(compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtyp
             torch.maximum(largest, (other.detach() - value.detach()).abs(), out=largest)
 
     def draw():
-        for _ in range(DRAWS[(roundoff or wide).itemsize]):
-            with Rounding(SAFETY * drawn, underflow, generator):
+        for _ in range(draws or DRAWS[(roundoff or wide).itemsize]):
+            with Rounding(SAFETY * drawn, underflow, generator), sdpa_kernel(SDPBackend.MATH):
                 moved = compute()
             tree_map(widen, deviations, exact, moved)
 

@@ -93,14 +93,14 @@ def _non_local(second: bool):
 A, B = 0.75, 1.5  # the points of rows, beside 0 and infinity
 P, S = A**2 * B**2, A**2 + B**2
 # (transform of the inputs, of the filters, of the products): tiles of four rows, of one column, and of two.
-ROWS = (
+ROWS: tuple[list | None, list | None, list] = (
     [[P, 0, -S, 0, 1, 0], [0, -A * B**2, -(B**2), A, 1, 0], [0, A * B**2, -(B**2), -A, 1, 0],
      [0, -B * A**2, -(A**2), B, 1, 0], [0, B * A**2, -(A**2), -B, 1, 0], [0, P, 0, -S, 0, 1]],
     [[64 / 81, 0, 0], [-128 / 243, -32 / 81, -8 / 27], [-128 / 243, 32 / 81, -8 / 27],
      [32 / 243, 16 / 81, 8 / 27], [32 / 243, -16 / 81, 8 / 27], [0, 0, 1]],
     [[1, 1, 1, 1, 1, 0], [0, A, -A, B, -B, 0], [0, A**2, A**2, B**2, B**2, 0], [0, A**3, -(A**3), B**3, -(B**3), 1]],
 )  # fmt: skip
-COLUMNS = {
+COLUMNS: dict[int, tuple[list | None, list | None, list]] = {
     1: (None, None, [[1, 1, 1]]),
     2: (
         [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]],
@@ -123,11 +123,12 @@ def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_, **__) -
     down, right = -(-height // 4), -(-width // n)
     tiles = F.pad(x, (1, right * n - width + 1, 1, down * 4 - height + 1)).unfold(2, 6, 4).unfold(3, n + 2, n)
     tiles, filters = tiles.permute(4, 5, 1, 0, 2, 3).flatten(3), weight.permute(2, 3, 0, 1)
-    for axis, (of_inputs, of_filters, _) in enumerate((ROWS, COLUMNS[n])):
+    forms: list = [*enumerate((ROWS, COLUMNS[n]))]
+    for axis, (of_inputs, of_filters, _) in forms:
         tiles, filters = _along(axis, of_inputs, tiles), _along(axis, of_filters, filters)
     products = (filters.flatten(0, 1) @ tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])  # [6, n + 2, outputs, tiles]
-    for axis, (_, _, of_products) in enumerate((ROWS, COLUMNS[n])):
-        products = _along(axis, of_products, products)
+    for axis, form in forms:
+        products = _along(axis, form[2], products)
     y = products.unflatten(3, (x.shape[0], down, right)).permute(3, 2, 4, 0, 5, 1)  # [B, outputs, down, 4, right, n]
     y = y.flatten(4).flatten(2, 3)[:, :, :height, :width]
     return y if bias is None else y + bias[:, None, None]
@@ -164,7 +165,7 @@ def another_formulation(second: bool) -> Iterator[list[str]]:
 
         return call
 
-    others = {
+    others: dict[Callable, tuple[Callable, Callable[..., bool]]] = {
         layer.non_local: (_non_local(second), lambda *given: given[0].numel() > 0 and _of_layer(given[2], second)),
         plain.nonlocal_attention: (
             _attention(second), lambda *given: given[1].numel() > 0 and _of_attention(given[5], second)
