@@ -22,6 +22,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -112,21 +113,45 @@ class Outcome(NamedTuple):
     seconds: float
 
 
+def run_tests(folder: pathlib.Path, job: Job) -> tuple[int, str]:
+    """The exit status of pytest in a process of its own, which was forked from this one, where torch is imported
+    already; and what it printed."""
+    import pytest
+
+    words = ["-x", "-p", "no:cacheprovider", "--tb=line", "-rfE", "-m", "not slow", f"python_tests/ops/{job.tests}"]
+    words += ["-k", job.selected] if job.selected else []
+    with tempfile.TemporaryFile("w+") as output:
+        if (child := os.fork()) == 0:
+            status = 70
+            try:
+                os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+                os.environ[SWITCH] = str(job.number)
+                os.environ.pop("DNL_CPU_ISA", None)
+                os.chdir(folder)
+                sys.path.insert(0, str(folder))
+                status = int(pytest.main(words))
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return status, output.read()
+
+
 def run(folder: pathlib.Path, job: Job) -> Outcome:
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=line", "-rfE", "-m", "not slow"]
-    command += [f"python_tests/ops/{job.tests}", *(["-k", job.selected] if job.selected else [])]
-    environment = {**os.environ, SWITCH: str(job.number), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
-    environment.pop("DNL_CPU_ISA", None)
     started = time.perf_counter()
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    status, said = run_tests(folder, job)
     seconds = time.perf_counter() - started
-    failed = re.search(r"^FAILED python_tests/ops/(\S+)", result.stdout, re.MULTILINE)
-    if result.returncode == 1 and failed:
+    failed = re.search(r"^FAILED python_tests/ops/(\S+)", said, re.MULTILINE)
+    if status == 1 and failed:
         return Outcome(True, failed[1], seconds)
-    if result.returncode < 0:
-        return Outcome(True, f"{job.tests}: the process died of signal {-result.returncode}", seconds)
-    summary = (result.stdout.strip().splitlines() or [""])[-1] if result.returncode == 0 else result.stdout[-800:]
-    return Outcome(False, f"{summary}{result.stderr[-400:]} (exit status {result.returncode})", seconds)
+    if status < 0:
+        return Outcome(True, f"{job.tests}: the process died of signal {-status}", seconds)
+    return Outcome(
+        False,
+        f"{(said.strip().splitlines() or [''])[-1] if status == 0 else said[-1200:]} (exit status {status})",
+        seconds,
+    )
 
 
 def right(job: Job, outcome: Outcome) -> bool:
@@ -178,11 +203,16 @@ def main() -> None:
     parser.add_argument("--afresh", action="store_true", help="run also what has an outcome")
     parser.add_argument("--markdown", type=pathlib.Path, help="write the table of the outcomes that are kept there")
     arguments = parser.parse_args()
-    started, level = time.perf_counter(), arguments.level
-    if level is None:
-        from dnl_kernels._extension import _C
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch._dynamo  # noqa: F401  once for all runs: most of their time otherwise
 
-        level = _C.isa()
+    started, level = time.perf_counter(), arguments.level
+    if level is None:  # not imported here: tests import the broken copy
+        code = "from dnl_kernels._extension import _C; print(_C.isa())"
+        level = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        level = level.strip()
     jobs = [
         Job(number, m.tests, m.selected) for number, m in enumerate(MUTATIONS, 1)
         if not arguments.words or any(word in (m.kind, str(number)) or word in m.file for word in arguments.words)
