@@ -26,10 +26,10 @@ The constants:
   distributed (Higham and Mary 2019, "A new approach to probabilistic rounding error analysis", sections 2 and 3).
   Where the first number is nearly all of the sum, that has a standard deviation of sqrt(n / 3) u sum |terms| at most:
   4 to 8 u, as the sum lies between powers of two, for the 192 weights and values in a row of attention (kBlockKeys in
-  csrc/nonlocal_attention). Where all are of one size, sqrt(n) / 3: at most 5.3 u for 256 products of the gradient of a filter in the portable version, less for the up to 108
-  products of a convolution. Elementary functions: with the terms below, at most 4.0 u for tanh, 3.1 for gelu, 2.9 for
-  silu, 3.7 for a slope of them in these kernels, and 6.0 for gelu in PyTorch (3 million arguments, all levels;
-  python_tests/test_budget.py holds the kernels to half of SAFETY).
+  csrc/nonlocal_attention). Where all are of one size, sqrt(n) / 3: at most 5.3 u for 256 products of the gradient of a
+  filter in the portable version, less for the up to 108 products of a convolution. Elementary functions: with the terms
+  below, at most 4.0 u for tanh, 3.1 for gelu, 2.9 for silu, 3.7 for a slope of them in these kernels, and 6.0 for gelu
+  in PyTorch (3 million arguments, all levels; python_tests/test_budget.py holds the kernels to half of SAFETY).
 - COMMON = 1/4, 2 u: a factor such as scale * log2(e), which is rounded, and its product with a number that all elements
   share, which is rounded again.
 - REFERENCE = 2, for float64 alone: there the reference has errors of the same size.
