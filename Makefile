@@ -42,7 +42,7 @@ test: build ## the whole test suite; Triton's kernels interpreted in a process o
 	[ $$suite$$interpreter = passedpassed ]
 
 test-weather: build ## the numerical tests under other libraries, levels, threads and seeds (minutes; a table)
-	$(BIN)/python python_tests/weather.py
+	$(BIN)/python python_tests/weather.py --afresh --markdown docs/testing/weather.md
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

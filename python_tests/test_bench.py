@@ -22,7 +22,7 @@ def row(**changes):
 
     base = {
         "operator": "dense_sum", "case": "odd", "train": True, "device": "cpu", "dtype": "float32", "threads": 2,
-        "check": {"passed": True, "error": 1e-7, "allowed": 1e-6},
+        "check": {"passed": True, "share": 0.1},
         "flops": {"forward": 2e6, "backward": 4e6}, "bytes": {"forward": 1e6}, "bars": {"eager": 2.0, "compile": 0.4},
         "absent": {"keops": "pykeops is not installed"},
         "ways": {"ours": way(2e-3, 1e-7), "eager": way(3e-3, 1e-7), "compile": way(1e-3, 2e-7)},
@@ -84,7 +84,7 @@ def test_floors_on_gpus_are_of_bytes_or_of_flops():
 
 
 def test_no_speed_up_is_printed_for_a_result_that_is_wrong(tmp_path):
-    wrong = row(check={"passed": False, "error": 1.0, "allowed": 1e-6})
+    wrong = row(check={"passed": False, "share": 1e5})
     report.main([result(tmp_path / "r.json", wrong), "--out", str(tmp_path)])
     text = (tmp_path / "README.md").read_text()
     assert "check failed" in text and "(compile)" not in text and ": missed" not in text and ": met" not in text
@@ -109,7 +109,7 @@ def test_compare_finds_a_regression_beyond_noise_and_only_that(tmp_path, capsys)
     for phase in results.phases(noisy):
         noisy["ways"]["ours"][phase]["p20"] = 1e-3
     assert compare.main([old, result(tmp_path / "c.json", noisy)]) == 0
-    wrong = row(check={"passed": False, "error": 1.0, "allowed": 1e-6})
+    wrong = row(check={"passed": False, "share": 1e5})
     assert compare.main([old, result(tmp_path / "d.json", wrong)]) == 1
 
 
@@ -129,8 +129,9 @@ def test_the_exponent_is_a_slope_of_logarithms():
 
 @pytest.mark.parametrize(
     "gradient, output, until, passed, draw",
-    [(0.0, 0.0, 0, True, 1), (0.01, 0.0, 1, True, 2), (0.01, 0.0, DRAWS, False, DRAWS), (0.01, 0.1, 1, False, 1)],
-)
+    [(0.0, 0.0, 0, True, 1), (0.01, 0.0, 1, True, 2), (0.01, 0.0, DRAWS, False, DRAWS), (0.01, 0.1, 1, False, 1),
+     (2e-5, 0.0, DRAWS, False, DRAWS), (0.0, 2e-5, 1, False, 1)],
+)  # fmt: skip
 def test_only_gradients_that_are_off_in_some_draws_are_drawn_again(gradient, output, until, passed, draw):
     """ReLU's kink; a wrong output, or gradients that are wrong in every draw, are a wrong kernel's."""
     x = torch.randn(8).requires_grad_()

@@ -1,11 +1,15 @@
 """The error budget itself: what it says of sums that are known, and eager PyTorch as a witness."""
 
+import copy
 from statistics import median
 
 import pytest
 import torch
 
-from dnl_kernels.testing import Exact, assert_within_budget, exactly, named
+from dnl_kernels import _backend
+from dnl_kernels._activations import activate
+from dnl_kernels.ops.norm_activation import cpu
+from dnl_kernels.testing import Exact, assert_within_budget, cotangent, exactly, named
 from dnl_kernels.testing.budget import SAFETY, share_of_budget
 from dnl_kernels.testing.formulations import another_formulation
 
@@ -87,16 +91,92 @@ def test_other_formulations_are_the_same_formula(op, name):
     assert used
 
 
+def bounds(call):
+    wide = {n: t.double() for n, t in call.leaves.items()}
+    return exactly(lambda: named.gradients(call, wide, "reference"), call.dtype)
+
+
 @pytest.mark.parametrize("op, name", WITNESSED)
 def test_eager_pytorch_is_a_witness(op, name):
-    """The median of eager's errors over seven draws lies below the bound, and not so far below that the bound would be
+    """The median of eager's errors over three draws lies below the bound, and not so far below that the bound would be
     empty: between a hundredth and the whole of it (the largest over the output and all gradients). Eager is held to
     nothing here: on a processor where this fails, it is the bound that has to be looked at."""
     shares = []
-    for _ in range(7):
+    for _ in range(3):
         call = named.CASES[op][name](torch.float32)
-        wide = {n: t.double() for n, t in call.leaves.items()}
-        exact = exactly(lambda call=call, wide=wide: named.gradients(call, wide, "reference"), torch.float32)
         eager = named.gradients(call, call.leaves, "reference")
-        shares.append(max(share_of_budget(eager[n], e) for n, e in exact.items()))
+        shares.append(max(share_of_budget(eager[n], e) for n, e in bounds(call).items()))
     assert 0.01 <= median(shares) <= 1.0, shares
+
+
+def test_networks_have_nothing_that_does_not_round():
+    """Each of these operations alone moves its result, and PyTorch in float32 is within the bound."""
+    x = torch.randn(3, 4, 6).double()
+    layer = torch.nn.TransformerEncoderLayer(6, 2, 8, 0.0, batch_first=True, norm_first=True)
+    wide = copy.deepcopy(layer).double()
+    functions = {
+        "layer_norm": lambda x: torch.nn.functional.layer_norm(x, (6,)),
+        "log_softmax": lambda x: x.log_softmax(-1),
+        "attention": lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x),
+        "pooling": lambda x: torch.nn.functional.adaptive_avg_pool2d(x, 2),
+        "layer": lambda x: (wide if x.dtype == torch.float64 else layer)(x),
+    }
+    for name, function in functions.items():
+
+        def both(x, function=function):
+            x = x.detach().requires_grad_()
+            y = function(x)
+            return y.detach(), torch.autograd.grad(y, x, cotangent(y))[0]
+
+        exact = exactly(lambda both=both: both(x), torch.float32)
+        for found, e in zip(both(x.float()), exact, strict=True):
+            assert_within_budget(name, found, e)
+            assert 0 < e.bound.max() < 1e-3, name
+
+
+WELL_CONDITIONED = ["dense_sum", "dense_linear", "dense_conv2d"]  # no exponents, and no norm that cancels a gradient
+PLANTED = [(*case, torch.float64, 1e-10) for case in WITNESSED]
+PLANTED += [(*case, torch.float32, 2e-5) for case in WITNESSED if case[0] in WELL_CONDITIONED]
+
+
+@pytest.mark.parametrize("op, name, dtype, error", PLANTED)
+def test_a_planted_error_is_out_of_bounds(op, name, dtype, error):
+    """The output, or one gradient, times 1 + error, unless it is zero but for rounding (biases before a norm or a
+    softmax)."""
+    call = named.CASES[op][name](dtype)
+    found, exact = named.gradients(call, call.leaves, "reference"), bounds(call)
+    least = 1e-9 * max(e.value.abs().max() for e in exact.values())
+    planted = [n for n, e in exact.items() if e.value.abs().max() > least]
+    assert len(planted) > len(exact) / 2
+    for n in planted:
+        assert_within_budget(n, found[n], exact[n])
+        with pytest.raises(AssertionError, match="times what rounding"):
+            assert_within_budget(n, found[n] * (1 + error), exact[n])
+
+
+TERMS = {  # of the value and of the slope
+    "tanh": lambda x: (x.tanh().abs(), 1 + x.tanh().square()),
+    "gelu": lambda x: (x.abs(), 1 + x.abs() * torch.exp(-x.square() / 2)),
+    "silu": lambda x: ((1 + x.abs()) * (x * x.sigmoid()).abs(), x.sigmoid() * (1 + x.abs())),
+}
+
+
+@pytest.mark.skipif(_backend.absence("cpu") is not None, reason="needs the C++ extension")
+@pytest.mark.parametrize("activation", TERMS)
+def test_elementary_functions_need_half_of_the_safety(levels, activation):
+    """What SAFETY says of them: errors of four units at most, with the terms that the budget gives them."""
+    x = torch.cat([3 * torch.randn(1 << 15), 40 * torch.rand(1 << 15) - 20, torch.randn(1 << 15) * 1e-4])
+
+    def kernel(x):
+        image, mean, var = x.view(1, 1, 1, -1), torch.zeros(1), torch.ones(1)
+        return cpu.norm_activation(image, None, None, mean, var, activation, None, 0.0)[0].flatten()
+
+    def both(function, x):
+        x = x.detach().requires_grad_()
+        y = function(x)
+        return y.detach(), torch.autograd.grad(y.sum(), x)[0]
+
+    exact, terms = both(lambda x: activate(x, activation), x.double()), TERMS[activation](x.double())
+    for level in levels():
+        for found, e, t in zip(both(kernel, x), exact, terms, strict=True):
+            assert ((found - e).abs() / (U * t + torch.finfo(torch.float32).tiny)).max() <= SAFETY / 2, level

@@ -9,9 +9,10 @@ Rounding belongs to the terms that are added, and a non-local operator can be wr
   (k_j - q_i), k_j or (k_j - centre);
 - a dot product's weights meet the keys or the values first.
 
-And a block's 3x3 convolutions are sums over the taps, or products of polynomials in four rows at a time, evaluated at
-0, +-3/4, +-3/2 and infinity (csrc/dnl_block/params.h; Lavin and Gray 2016, "Fast algorithms for convolutional neural
-networks"), whose sums also have the terms that cancel.
+And 3x3 convolutions are sums over the taps, or products of polynomials in four rows at a time, evaluated at 0, +-3/4,
++-3/2 and infinity (csrc/dnl_block/params.h), from 16 channels and outputs on in two columns as well, at 0, +-1 and
+infinity (csrc/common/winograd.h; Lavin and Gray 2016, "Fast algorithms for convolutional neural networks"), whose sums
+also have the terms that cancel.
 
 `dnl_kernels.testing.budget` runs all of them, and a bound is the largest one.
 """
@@ -19,13 +20,13 @@ networks"), whose sums also have the terms that cancel.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..ops.dnl_block import reference as block
 from ..ops.dnl_layer import reference as layer
 from ..ops.nonlocal_attention import reference as plain
 
@@ -89,29 +90,54 @@ def _non_local(second: bool):
     return non_local
 
 
-A, B = 0.75, 1.5  # the points
-FILTERS = [[64 / 81, 0, 0], [-128 / 243, -32 / 81, -8 / 27], [-128 / 243, 32 / 81, -8 / 27],
-           [32 / 243, 16 / 81, 8 / 27], [32 / 243, -16 / 81, 8 / 27], [0, 0, 1]]  # fmt: skip
+A, B = 0.75, 1.5  # the points of rows, beside 0 and infinity
 P, S = A**2 * B**2, A**2 + B**2
-ROWS = [[P, 0, -S, 0, 1, 0], [0, -A * B**2, -(B**2), A, 1, 0], [0, A * B**2, -(B**2), -A, 1, 0],
-        [0, -B * A**2, -(A**2), B, 1, 0], [0, B * A**2, -(A**2), -B, 1, 0], [0, P, 0, -S, 0, 1]]  # fmt: skip
-PRODUCTS = [
-    [1, 1, 1, 1, 1, 0],
-    [0, A, -A, B, -B, 0],
-    [0, A**2, A**2, B**2, B**2, 0],
-    [0, A**3, -(A**3), B**3, -(B**3), 1],
-]
+# (transform of the inputs, of the filters, of the products): tiles of four rows, of one column, and of two.
+ROWS: tuple[list | None, list | None, list] = (
+    [[P, 0, -S, 0, 1, 0], [0, -A * B**2, -(B**2), A, 1, 0], [0, A * B**2, -(B**2), -A, 1, 0],
+     [0, -B * A**2, -(A**2), B, 1, 0], [0, B * A**2, -(A**2), -B, 1, 0], [0, P, 0, -S, 0, 1]],
+    [[64 / 81, 0, 0], [-128 / 243, -32 / 81, -8 / 27], [-128 / 243, 32 / 81, -8 / 27],
+     [32 / 243, 16 / 81, 8 / 27], [32 / 243, -16 / 81, 8 / 27], [0, 0, 1]],
+    [[1, 1, 1, 1, 1, 0], [0, A, -A, B, -B, 0], [0, A**2, A**2, B**2, B**2, 0], [0, A**3, -(A**3), B**3, -(B**3), 1]],
+)  # fmt: skip
+COLUMNS: dict[int, tuple[list | None, list | None, list]] = {
+    1: (None, None, [[1, 1, 1]]),
+    2: (
+        [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]],
+        [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]],
+        [[1, 1, 1, 0], [0, 1, -1, 1]],
+    ),
+}
 
 
-def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
-    """scale * (W (*) x) + bias for 3x3 filters, four rows at a time."""
-    height, groups = x.shape[2], -(-x.shape[2] // 4)
-    filters, rows, products = (torch.tensor(m, dtype=x.dtype) for m in (FILTERS, ROWS, PRODUCTS))
-    parts = F.pad(x, (0, 0, 1, 4 * groups - height + 1)).unfold(2, 6, 4) @ rows.mT  # [B, C, groups, W, 6]
-    of_filters = torch.einsum("kr,dcrt->kdct", filters, weight)
-    found = [F.conv2d(parts[..., k], of_filters[k][:, :, None], padding=(0, 1)) for k in range(6)]
-    y = (torch.stack(found, -1) @ products.mT).movedim(-1, 3).flatten(2, 3)[:, :, :height]
-    return scale * y if bias is None else scale * y + bias[:, None, None]
+def _along(axis: int, matrix: list | None, t: Tensor) -> Tensor:
+    """The matrix times t's vectors along an axis; None: the identity."""
+    if matrix is None:
+        return t
+    return torch.tensordot(t, torch.tensor(matrix, dtype=t.dtype), ([axis], [1])).movedim(-1, axis)
+
+
+def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_, **__) -> Tensor:
+    """W (*) x + bias for 3x3 filters, by tiles of four rows and, of many channels, two columns."""
+    height, width, n = *x.shape[2:], 2 if min(weight.shape[:2]) >= 16 else 1
+    down, right = -(-height // 4), -(-width // n)
+    tiles = F.pad(x, (1, right * n - width + 1, 1, down * 4 - height + 1)).unfold(2, 6, 4).unfold(3, n + 2, n)
+    tiles, filters = tiles.permute(4, 5, 1, 0, 2, 3).flatten(3), weight.permute(2, 3, 0, 1)
+    forms: list = [*enumerate((ROWS, COLUMNS[n]))]
+    for axis, (of_inputs, of_filters, _) in forms:
+        tiles, filters = _along(axis, of_inputs, tiles), _along(axis, of_filters, filters)
+    products = (filters.flatten(0, 1) @ tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])  # [6, n + 2, outputs, tiles]
+    for axis, form in forms:
+        products = _along(axis, form[2], products)
+    y = products.unflatten(3, (x.shape[0], down, right)).permute(3, 2, 4, 0, 5, 1)  # [B, outputs, down, 4, right, n]
+    y = y.flatten(4).flatten(2, 3)[:, :, :height, :width]
+    return y if bias is None else y + bias[:, None, None]
+
+
+def _convolves(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> bool:
+    """Whether there is such a way: a "same" convolution of 3x3 pixels."""
+    same = [stride in (1, (1, 1)), padding in (1, (1, 1)), dilation in (1, (1, 1)), groups == 1]
+    return x.dim() == 4 and x.numel() > 0 and weight.shape[2:] == (3, 3) and all(same)
 
 
 def _of_attention(config, second: bool) -> bool:
@@ -125,37 +151,36 @@ def _of_layer(kernel: str, second: bool) -> bool:
 
 @contextlib.contextmanager
 def another_formulation(second: bool) -> Iterator[list[str]]:
-    """Where the references run inside, they add up the terms of the first or the second other formulation. Yields the
-    names of what was replaced so far: none where there is no such other way."""
+    """Where the references run inside, they add up the terms of the first or the second other formulation, whoever
+    calls them: a function is replaced in every module that has imported it by its name. Yields the names of what was
+    called instead so far: none where there is no such other way."""
     used: list[str] = []
 
     def chosen(before: Callable, other: Callable, applies: Callable[..., bool]) -> Callable:
-        def call(*given):
-            if not applies(*given):
-                return before(*given)
+        def call(*given, **words):
+            if not applies(*given, **words):
+                return before(*given, **words)
             used.append(before.__name__)
-            return other(*given)
+            return other(*given, **words)
 
         return call
 
-    non_local = chosen(
-        layer.non_local, _non_local(second), lambda *given: given[0].numel() > 0 and _of_layer(given[2], second)
-    )
-    attention = chosen(
-        plain.nonlocal_attention,
-        _attention(second),
-        lambda *given: given[1].numel() > 0 and _of_attention(given[5], second),
-    )
-    affine = chosen(
-        block.affine, _by_rows, lambda *given: second and given[0].numel() > 0 and given[1].shape[2:] == (3, 3)
-    )
-    places = [(plain, "nonlocal_attention", attention), (layer, "non_local", non_local)]
-    places += [(block, "non_local", non_local), (block, "affine", affine)]
-    before = [getattr(module, name) for module, name, _ in places]
-    for module, name, function in places:
-        setattr(module, name, function)
+    others: dict[Callable, tuple[Callable, Callable[..., bool]]] = {
+        layer.non_local: (_non_local(second), lambda *given: given[0].numel() > 0 and _of_layer(given[2], second)),
+        plain.nonlocal_attention: (
+            _attention(second), lambda *given: given[1].numel() > 0 and _of_attention(given[5], second)
+        ),
+        F.conv2d: (_by_tiles, lambda *given, **words: second and _convolves(*given, **words)),
+    }  # fmt: skip
+    replaced = []
+    for before, how in others.items():
+        name, function = before.__name__, chosen(before, *how)
+        for module in list(sys.modules.values()):
+            if getattr(module, "__dict__", {}).get(name) is before:
+                replaced.append((module, name, before))
+                setattr(module, name, function)
     try:
         yield used
     finally:
-        for (module, name, _), function in zip(places, before, strict=True):
-            setattr(module, name, function)
+        for module, name, before in replaced:
+            setattr(module, name, before)

@@ -25,6 +25,8 @@ SUM, SUM_HOST = "csrc/dense_sum/cpu_kernel.cpp", "csrc/dense_sum/cpu.cpp"
 LAYER, NORM = "csrc/dnl_layer/cpu.cpp", "csrc/norm_activation/cpu.cpp"
 ACTIVATION, PARALLEL = "csrc/common/activation.h", "csrc/common/parallel.h"
 LINEAR, TILED = "dnl_kernels/ops/dense_linear/cpu.py", "dnl_kernels/ops/nonlocal_attention/tiled.py"
+BOTTLENECK, TRANSITION = "csrc/dnl_bottleneck/cpu_kernel.cpp", "csrc/transition/cpu_kernel.cpp"
+WINOGRAD = "csrc/common/cpu_kernel_winograd.cpp"
 BLOCKS, ZERO = "test_dnl_block_cpu.py", "zero"
 IMAGES = "instruction_set and (densenet or leaky or paper)"
 
@@ -66,8 +68,8 @@ MUTATIONS = [
     Mutation(FORWARD, "little", "sum[i] == 0 ? T(0) : 1 / sum[i]", f"sum[i] == 0 ? T(0) : {OFF} / sum[i]",
              "test_nonlocal_attention.py", "float64 and odd"),
     Mutation(FORWARD, "term", "t.sum.a + sum.a", "sum.a", "test_nonlocal_attention.py", "float64 and several"),
-    Mutation(TILES, "tail", "limit.all && j < limit.most", "limit.all && j + 1 < limit.most", "test_widths.py",
-             "attention and keys"),
+    Mutation(TILES, "tail", "broadcast(T(j)) < load(of + vector * kLanes<T>)",
+             "broadcast(T(j + 1)) < load(of + vector * kLanes<T>)", "test_widths.py", "attention and keys"),
     Mutation(TILES, "window", "smaller(query + i + 1, total)", "smaller(query + i, total)",
              "test_nonlocal_attention.py", "float64 and causal"),
     Mutation(TILES, "term", "before.a + sum[f].a", "sum[f].a", "test_nonlocal_attention.py", "float64 and several"),
@@ -84,8 +86,9 @@ MUTATIONS = [
              "float64 and several"),
     Mutation(HOST, "little", "-2 / (kLog2E * p.bandwidth[h])", "-2 * (1 + 1e-10) / (kLog2E * p.bandwidth[h])",
              "test_nonlocal_attention.py", "test_float64 and gaussian"),
-    Mutation(HOST, "term", "moment - row * typical", "moment + row * typical", "test_nonlocal_attention.py",
-             "float64 and gaussian"),
+    # A row's deltas sum to rounding, so that this is about accuracy alone.
+    Mutation(HOST, "rounding", "moment - row * typical", "moment + row * typical", "test_nonlocal_attention.py",
+             "mostly_themselves"),
     Mutation(HOST, "piece", "row += at[0], moment += at[1], mean += at[2]",
              "(part ? (row += at[0], moment += at[1], mean += at[2]) : mean)", "test_nonlocal_attention.py",
              "float64 and gaussian"),
@@ -150,4 +153,31 @@ MUTATIONS = [
     Mutation(LINEAR, "little", "torch.addmm(y, z, w.mT, alpha=config.scale)",
              "torch.addmm(y, z, w.mT, alpha=config.scale * (1.00002 if dtype == torch.float32 else 1 + 1e-10))",
              "test_dense_linear.py", "float64"),
+    # dnl_bottleneck
+    Mutation(BOTTLENECK, "tail", "maps.width - x < 2 * n ? maps.width - x : 2 * n",
+             "maps.width - x < 2 * n ? maps.width - x - 1 : 2 * n", "test_dnl_bottleneck.py", "every_width"),
+    Mutation(BOTTLENECK, "tail", "y + i < maps.height", "y + i + 1 < maps.height", "test_dnl_bottleneck.py",
+             "every_width"),
+    Mutation(BOTTLENECK, "piece", "part > 0", "part > 1", "test_dnl_bottleneck.py", "number_of_channels_on"),
+    Mutation(BOTTLENECK, "zero", "relu && part + 1 == parts", "relu", "test_dnl_bottleneck.py",
+             "number_of_channels_on"),
+    Mutation(BOTTLENECK, "window", "(y + 1) * maps.row() + (x + 1) * maps.wide", "(y + 1) * maps.row() + x * maps.wide",
+             "test_dnl_bottleneck.py", "every_width"),
+    Mutation("csrc/dnl_bottleneck/cpu.cpp", "little", "inner.scale[o] * tau * double(w[o * l.channels + c])",
+             f"inner.scale[o] * tau * double(w[o * l.channels + c]) * {OFF}", "test_dnl_bottleneck.py", "activation"),
+    Mutation("csrc/dnl_bottleneck/cpu.cpp", "term", "inner.scale[o] * bias[o] + inner.shift[o]",
+             "bias[o] + inner.shift[o]", "test_dnl_bottleneck.py", "activation"),
+    # transition
+    Mutation(TRANSITION, "tail", "runs[r].count", "runs[r].count - 1", "test_transition.py", "every_width"),
+    Mutation(TRANSITION, "piece", "part > 0", "part > 1", "test_transition.py", "instruction_set"),
+    Mutation(TRANSITION, "window", "2 * y + 1 < height", "2 * y + 2 < height", "test_transition.py", "max_pool_of"),
+    Mutation(TRANSITION, "tail", "columns - c < lanes ? columns - c : lanes",
+             "columns - c < lanes ? columns - c - 1 : lanes", "test_transition.py", "max_pool_of"),
+    Mutation(TRANSITION, "term", "a == a ? known : a", "known", "test_transition.py", "finite"),
+    # wide 3x3 convolutions
+    Mutation(WINOGRAD, "window", "begins ? Vec<T>{} : before", "before", "test_wide_convolutions.py", "every_size"),
+    Mutation(WINOGRAD, "window", "finishes ? Vec<T>{} : after", "after", "test_wide_convolutions.py", "every_size"),
+    Mutation(WINOGRAD, "term", "load(p) + (m1 + m2)", "load(p) + m1", "test_wide_convolutions.py", "every_size"),
+    Mutation(WINOGRAD, "window", "y < 0 || y >= height", "y < 0 || y > height", "test_wide_convolutions.py",
+             "every_size"),
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from dnl_kernels import _backend
 from dnl_kernels.ops.dnl_block import fused as block_nodes
 from dnl_kernels.ops.dnl_block import resident
 from dnl_kernels.ops.dnl_layer import fused as layer_nodes
-from dnl_kernels.testing import assert_within_budget, dense_conv2d, dnl_block, dnl_layer
+from dnl_kernels.testing import assert_within_budget, dense_conv2d, dnl_block, dnl_layer, exactly
 
 from . import large
 from .targets import CUDA, DEVICE, EMULATED, OPERATORS, PAIRS, every_cuda_dtype, every_pair, of_a_device
@@ -86,24 +86,22 @@ def test_moments_of_a_convolution(name, dtype):
     given = (states, *parameters, case.activation, case.scale)
     y, sums = _backend.kernel(CUDA, "dense_conv2d_moments_fwd")(*given)
     assert torch.equal(y, _backend.kernel(CUDA, "dense_conv2d_fwd")(*given))
-    exact = _convolve(case, parameters, states)
-    eager = _convolve(case, parameters, states, torch.float32)
-    for i, power in enumerate((1, 2)):
-        expected, baseline = (t.pow(power).sum((0, 2, 3)) for t in (exact, eager))
-        assert_within_budget(f"sum of y^{power}", sums[i].cpu(), expected, baseline, floor=_rounding(dtype))
+    # Sums are of float32 values, but operands of the products are rounded to a half type after the activation.
+    exact = exactly(lambda: _sums(_convolve(case, parameters, states)), torch.float32, dtype)
+    for i, e in enumerate(exact):
+        assert_within_budget(f"sum of y^{i + 1}", sums[i].cpu(), e)
 
 
-def _convolve(case, parameters, states, dtype=torch.float64):
-    given = [None if p is None else p.cpu().to(dtype) for p in parameters]
+def _sums(y):
+    return [y.pow(power).sum((0, 2, 3)) for power in (1, 2)]
+
+
+def _convolve(case, parameters, states):
+    given = [None if p is None else p.cpu().double() for p in parameters]
     words = {"activation": case.activation, "scale": case.scale, "backend": "reference"}
     weight, bias, norm_scale, norm_shift = given
-    states = [s.cpu().to(dtype) for s in states]
+    states = [s.cpu().double() for s in states]
     return dnl.dense_conv2d(states, weight, bias, norm_scale=norm_scale, norm_shift=norm_shift, **words)
-
-
-def _rounding(dtype):
-    """Sums are of float32 values, but operands of the products are rounded to the half type after the activation."""
-    return 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
 
 
 SMALL = ("8x8", "wide")  # what the emulator has the time for, with fewer samples
@@ -132,7 +130,7 @@ def test_the_resident_block_against_float64(name, dtype):
     y = run(DEVICE, CUDA)
     assert torch.equal(y[:, : x0.shape[1]].cpu(), x0)
     assert torch.equal(y, run(DEVICE, CUDA))
-    assert_within_budget("states", y.cpu(), run("cpu", "reference", torch.float64), run(DEVICE, "reference").cpu())
+    assert_within_budget("states", y.cpu(), exactly(lambda: run("cpu", "reference", torch.float64), dtype, dtype))
 
 
 @of_a_device

@@ -29,18 +29,20 @@ def refused(affine, kernel, options):
 @pytest.mark.parametrize("affine", AFFINES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_combination(affine, kernel):
-    x = torch.randn((2, 3, 3) if affine == "linear" else (2, 3, 3, 2))
+    x = torch.randn((2, 3, 3) if affine == "linear" else (2, 3, 3, 2), dtype=torch.float64)
     for values in itertools.product(*OPTIONS.values()):
         options = dict(zip(OPTIONS, values, strict=True))
         if reason := refused(affine, kernel, options):
             with pytest.raises(ValueError, match=reason):
                 DNLBlock(3, 2, 2, affine=affine, kernel=kernel, **options)
             continue
-        block = DNLBlock(3, 2, 2, affine=affine, kernel=kernel, activation="tanh", **options)
+        block = DNLBlock(3, 2, 2, affine=affine, kernel=kernel, activation="tanh", **options).double()
         y = block(x)
         assert y.shape[-1 if affine == "linear" else 1] == 7, options
         y.square().sum().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters()), options
-        twin = DNLBlock(3, 2, 2, affine=affine, kernel=kernel, activation="tanh", backend="reference", **options)
+        twin = DNLBlock(
+            3, 2, 2, affine=affine, kernel=kernel, activation="tanh", backend="reference", **options
+        ).double()
         twin.load_state_dict(block.state_dict())
-        torch.testing.assert_close(block.eval()(x), twin.eval()(x), rtol=1e-4, atol=1e-5, msg=str(options))
+        torch.testing.assert_close(block.eval()(x), twin.eval()(x), rtol=1e-9, atol=1e-10, msg=str(options))

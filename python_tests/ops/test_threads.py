@@ -4,13 +4,16 @@ twice as many pieces, for every operator that has loops of its own. tests of par
 import pytest
 import torch
 from test_dnl_block_cpu import block, parameters_of, step
+from test_dnl_bottleneck import block as bottleneck_of
+from test_dnl_bottleneck import parameters_of as bottleneck_parameters_of
 from test_dnl_layer_cpu import Case as LayerCase
 from test_dnl_layer_cpu import ours as layer
 
 import dnl_kernels as dnl
 from dnl_kernels import _backend
-from dnl_kernels.ops.dnl_block import fused
+from dnl_kernels.ops.dnl_block import bottleneck, fused
 from dnl_kernels.ops.norm_activation import cpu as norm_activation
+from dnl_kernels.ops.transition import cpu as transition
 from dnl_kernels.testing import cotangent
 
 pytestmark = pytest.mark.skipif(_backend.absence("cpu") is not None, reason="needs the C++ extension")
@@ -71,6 +74,29 @@ def dnl_layer():
     return call
 
 
+def dense_conv2d_of_many_channels():
+    """In Winograd's form: ten runs of 48 tiles."""
+    leaves = [torch.randn(17, 33, 3, 3), torch.randn(17), torch.randn(2, 33, 37, 43)]
+    return lambda: gradients(lambda w, b, x: dnl.dense_conv2d([x], w, b, activation="relu", backend="cpu"), leaves)
+
+
+def dnl_bottleneck():
+    """Evaluated: panels of 48 of 3 x 713 pixels, 28 tiles of 3 x 192 at a time."""
+    config = bottleneck_of(in_channels=5, layers=2, growth=17, bottleneck=2)
+    layers, x = bottleneck_parameters_of(config, torch.float32), torch.randn(3, 5, 23, 31)
+    return lambda: [bottleneck.dnl_block(x, layers, config)[0]]
+
+
+def transition_():
+    """Panels of 48 of 3 x 187 pixels, and 57 planes to take maxima of."""
+    x, norm = torch.randn(3, 19, 22, 35), [torch.randn(19), torch.randn(19), torch.randn(19), torch.rand(19) + 0.5]
+    weight = torch.randn(17, 19, 1, 1)
+    return lambda: [
+        transition.transition(x, weight, None, norm, "silu", True, 1e-5),
+        transition.norm_activation_max_pool(x, norm, "relu", 1e-5),
+    ]
+
+
 def norm_activation_():
     """A task for each of 19 channels."""
     leaves = [torch.randn(3, 19, 81, 83), torch.randn(19), torch.randn(19)]
@@ -99,7 +125,10 @@ OPERATORS = {
     "dense_linear": dense_linear,
     "nonlocal_attention": nonlocal_attention,
     "dnl_layer": dnl_layer,
+    "dense_conv2d-wide": dense_conv2d_of_many_channels,
     "norm_activation": norm_activation_,
+    "dnl_bottleneck": dnl_bottleneck,
+    "transition": transition_,
     "dnl_block": dnl_block,
     "dnl_block-paper": lambda: dnl_block(preactivation=False),
 }

@@ -6,7 +6,7 @@ from torch import nn
 
 from dnl_kernels.nn.network import Transition
 from dnl_kernels.ops.transition import cpu, reference
-from dnl_kernels.testing import ACTIVATIONS, assert_within_budget, relative_error
+from dnl_kernels.testing import ACTIVATIONS, assert_within_budget, exactly, relative_error
 
 SHAPES = [
     (2, 5, 3, 7, 9),
@@ -28,31 +28,71 @@ def wide(t):
     return t if t is None else t.double()
 
 
+def check(levels, ours, exact, dtype):
+    bound = exactly(exact, dtype)
+    for level in levels():
+        assert_within_budget(level, ours(), bound)
+
+
 @pytest.mark.parametrize("pool", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_transition_on_every_instruction_set(isa, shape, pool):
+def test_transition_on_every_instruction_set(levels, shape, pool):
     batch, channels, outputs, height, width = shape
     for activation in ACTIVATIONS:
         for dtype in (torch.float32, torch.float64):
             weight, bias, norm = arguments(channels, outputs, dtype, bias=activation != "relu")
-            x = torch.randn(batch, channels, height, width).to(dtype)
-            found = cpu.transition(x, weight, bias, norm, activation, pool, 1e-5)
-            eager = reference.transition(x, weight, bias, norm, activation, pool, 1e-5)
-            given = (wide(weight), wide(bias), [wide(t) for t in norm])
-            exact = reference.transition(x.double(), *given, activation, pool, 1e-5)
-            assert_within_budget(activation, found, exact, eager)
+            x, rest = torch.randn(batch, channels, height, width).to(dtype), (activation, pool, 1e-5)
+            given = (x.double(), wide(weight), wide(bias), [wide(t) for t in norm], *rest)
+            check(
+                levels,
+                lambda x=x, w=weight, b=bias, n=norm, rest=rest: cpu.transition(x, w, b, n, *rest),
+                lambda given=given: reference.transition(*given),
+                dtype,
+            )
 
 
-@pytest.mark.parametrize("width", range(1, 50))
-def test_max_pool_of_every_width_on_every_instruction_set(isa, width):
-    for height in (1, 2, 7):
-        for dtype in (torch.float32, torch.float64):
-            _, _, norm = arguments(20, 1, dtype)  # many numbers: the largest is then one that nothing cancels in
-            x = torch.randn(5, 20, height, width).to(dtype)
-            found = cpu.norm_activation_max_pool(x, norm, "relu", 1e-5)
-            eager = reference.norm_activation_max_pool(x, norm, "relu", 1e-5)
-            exact = reference.norm_activation_max_pool(x.double(), [wide(t) for t in norm], "relu", 1e-5)
-            assert_within_budget("maxima", found, exact, eager)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("pool", [True, False])
+def test_every_width_and_every_number_of_channels(levels, dtype, pool):
+    """Lanes run over pixels while they are loaded, and over outputs in the product: up to twice a panel of pooled
+    pixels, with an odd one left out; of small integers, whose products, sums and quarters are exact in every order."""
+
+    def integers(*shape):
+        return torch.randint(-3, 4, shape).to(dtype)
+
+    for n in range(1, 50):
+        for channels, outputs, width in ((3, 2, n + 1), (3, 2, n + 50), (n, 1, 4), (2, n, 4)):
+            weight, bias, x = integers(outputs, channels, 1, 1), integers(outputs), integers(2, channels, 3, width)
+            norm = [*(integers(channels) for _ in range(3)), torch.ones(channels, dtype=dtype)]
+            given = (weight, bias, norm, "relu", pool, 0.0)
+            exact = reference.transition(x.double(), wide(weight), wide(bias), [wide(t) for t in norm], *given[3:])
+            for level in levels():
+                assert torch.equal(cpu.transition(x, *given).double(), exact), (level, channels, outputs, width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("height", [1, 2, 7])
+def test_max_pool_of_every_width(levels, height, dtype):
+    for width in range(1, 50):
+        x = torch.randint(-9, 10, (2, 3, height, width)).to(dtype)
+        norm = [*(torch.randint(-3, 4, (3,)).to(dtype) for _ in range(3)), torch.ones(3, dtype=dtype)]
+        exact = reference.norm_activation_max_pool(x.double(), [wide(t) for t in norm], "relu", 0.0)
+        for level in levels():
+            assert torch.equal(cpu.norm_activation_max_pool(x, norm, "relu", 0.0).double(), exact), (level, width)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_max_pool(levels, activation):
+    for dtype in (torch.float32, torch.float64):
+        _, _, norm = arguments(20, 1, dtype)
+        x = torch.randn(2, 20, 7, 37).to(dtype)
+        exact = x.double(), [wide(t) for t in norm]
+        check(
+            levels,
+            lambda x=x, norm=norm: cpu.norm_activation_max_pool(x, norm, activation, 1e-5),
+            lambda exact=exact: reference.norm_activation_max_pool(*exact, activation, 1e-5),
+            dtype,
+        )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -8,11 +8,15 @@ equal the reference's bit by bit. Otherwise they are held to the budget, which i
 import pytest
 import torch
 from test_dnl_block_cpu import block, cast, parameters_of, step
+from test_dnl_layer_cpu import Case as LayerCase
+from test_dnl_layer_cpu import eager
+from test_dnl_layer_cpu import ours as layer
 
 import dnl_kernels as dnl
 from dnl_kernels import _backend
 from dnl_kernels.ops.dnl_block import fused
 from dnl_kernels.ops.dnl_block import reference as block_reference
+from dnl_kernels.ops.dnl_layer.config import NonLocalParameters
 from dnl_kernels.ops.norm_activation import cpu as norm_activation
 from dnl_kernels.ops.norm_activation import reference as norm_activation_reference
 from dnl_kernels.testing import assert_within_budget, exactly
@@ -149,3 +153,19 @@ def test_nonlocal_attention(levels, dtype, kernel, side):
         for level in levels():
             for i, (a, e) in enumerate(zip(call("cpu", leaves), exact, strict=True)):
                 assert_within_budget(f"{level}, {width} {side}: result {i}", a, e)
+
+
+@both_dtypes
+@pytest.mark.parametrize("kernel", ["softmax", "gaussian"])
+def test_dnl_layer(levels, dtype, kernel):
+    """Samples of 1 to 49 positions, of which several stand side by side."""
+    for width in WIDTHS:
+        case = LayerCase(batch=9, channels=3, height=1, width=width, query=2, value=2, outputs=2, kernel=kernel)
+        y, dx, theta = case.tensors(dtype, width)
+        wide = y.double(), dx.double(), NonLocalParameters(*(None if t is None else t.double() for t in theta))
+        exact, exact_grads = exactly(lambda case=case, wide=wide: eager(case, *wide), dtype, draws=3)
+        for level in levels():
+            x, grads = layer(case, y, dx, theta)
+            assert_within_budget(f"{level}, width {width}", x, exact)
+            for name, e in exact_grads.items():
+                assert_within_budget(f"{level}, width {width}: {name}", grads[name], e)
