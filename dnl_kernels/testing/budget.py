@@ -43,6 +43,7 @@ bounds, and that they are not wider than eager's error by more than a stated fac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,7 +74,16 @@ class Exact(NamedTuple):
 
 def _absolute(*args, **words):
     """The arguments of an operation that adds up products of them, without signs: it then returns sum |terms|."""
-    return tree_map(lambda t: t.abs() if isinstance(t, Tensor) and t.is_floating_point() else t, (args, words))
+    return [_magnitude(t) for t in args], {name: _magnitude(t) for name, t in words.items()}
+
+
+def _magnitude(t: Any) -> Any:
+    return t.abs() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+@functools.cache
+def _elementwise(function: Any) -> bool:
+    return torch.Tag.pointwise in function.tags
 
 
 def _gelu_slope_terms(g, x, **_):
@@ -193,22 +203,23 @@ class Rounding(TorchDispatchMode):
         elif function in SUMS:
             given, named = _absolute(*args, **words)
             terms = (aten.add.Tensor if function is aten.add_.Tensor else function)(*given, **named)
-        elif function in MOVES or torch.Tag.pointwise not in function.tags:
+        elif function in MOVES or not _elementwise(function):
             return function(*args, **words)
         else:
             terms = None
         amplified = AMPLIFIED[function](*args, **words) if function in AMPLIFIED else 1.0
         result = function(*args, **words)
-        return tree_map(lambda r, t: self._round(r, t, amplified), result, result if terms is None else terms)
+        terms = result if terms is None else terms
+        if isinstance(result, Tensor):
+            return self._round(result, terms, amplified)
+        return type(result)(self._round(r, t, amplified) for r, t in zip(result, terms, strict=True))
 
     def _round(self, result: Any, terms: Any, amplified: Any) -> Any:
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return result
-        own, common = (
-            torch.empty(shape, dtype=result.dtype).uniform_(-1, 1, generator=self.generator)
-            for shape in (result.shape, ())
-        )
-        error = own * (self.unit * terms + self.underflow * amplified) + common * (self.unit * COMMON) * result
+        drawn = torch.empty(result.numel() + 1, dtype=result.dtype).uniform_(-1, 1, generator=self.generator)
+        own, common = drawn[:-1].view(result.shape), drawn[-1] * (self.unit * COMMON)
+        error = (terms * self.unit).add_(self.underflow * amplified).mul_(own).addcmul_(result, common)
         return result.add_(error.nan_to_num_(0.0, 0.0, 0.0))
 
 

@@ -172,11 +172,13 @@ def another_formulation(second: bool) -> Iterator[list[str]]:
         ),
         F.conv2d: (_by_tiles, lambda *given, **words: second and _convolves(*given, **words)),
     }  # fmt: skip
+    ways = {before.__name__: (before, chosen(before, *how)) for before, how in others.items()}
     replaced = []
-    for before, how in others.items():
-        name, function = before.__name__, chosen(before, *how)
-        for module in list(sys.modules.values()):
-            if getattr(module, "__dict__", {}).get(name) is before:
+    for module in list(sys.modules.values()):
+        held = getattr(module, "__dict__", {})
+        for name in ways.keys() & held.keys():
+            before, function = ways[name]
+            if held[name] is before:
                 replaced.append((module, name, before))
                 setattr(module, name, function)
     try:

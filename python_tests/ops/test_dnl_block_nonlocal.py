@@ -285,14 +285,14 @@ def test_it_equals_the_composition_that_it_replaces():
         compare(config, *tensors_of(config), other=lambda x, p, c: composition.dnl_block(x, p, c, None))
 
 
-@pytest.mark.parametrize("batch, height", [(4, 32), (7, 9)])
+@pytest.mark.parametrize("batch, height", [(4, 20), (7, 9)])
 def test_results_depend_on_the_thread_count_by_rounding_only(batch, height):
     """torch's batch norms and products add up in an order that depends on the threads; by how much is a matter of
     rounding, whose bound is that of the inputs. More samples and tiles than twice the threads."""
     config = CASES["softmax"]
-    x, layers = tensors_of(config, batch, torch.float32, height, 32)
+    x, layers = tensors_of(config, batch, torch.float32, height, 16)
     wide = x.double(), cast(layers, torch.float64)
-    exact, _, exact_grads = exactly(lambda: step(reference.dnl_block, *wide, config), torch.float32)
+    exact, _, exact_grads = exactly(lambda: step(reference.dnl_block, *wide, config), torch.float32, draws=4)
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)

@@ -2,7 +2,8 @@
 every instruction-set level and in both dtypes that are computed in.
 
 Where a kernel only multiplies and adds, inputs are small integers: every order of the sums is exact, and results must
-equal the reference's bit by bit. Otherwise they are held to the budget, which is found once for all levels.
+equal the reference's bit by bit. Otherwise float32 is held to the budget, found once for all levels; in float64, where
+a lane that is wrong is off by much more than any rounding, to 1e-10, which saves finding the budget.
 """
 
 import pytest
@@ -11,6 +12,7 @@ from test_dnl_block_cpu import block, cast, parameters_of, step
 from test_dnl_layer_cpu import Case as LayerCase
 from test_dnl_layer_cpu import eager
 from test_dnl_layer_cpu import ours as layer
+from torch.utils._pytree import tree_map
 
 import dnl_kernels as dnl
 from dnl_kernels import _backend
@@ -19,11 +21,17 @@ from dnl_kernels.ops.dnl_block import reference as block_reference
 from dnl_kernels.ops.dnl_layer.config import NonLocalParameters
 from dnl_kernels.ops.norm_activation import cpu as norm_activation
 from dnl_kernels.ops.norm_activation import reference as norm_activation_reference
-from dnl_kernels.testing import assert_within_budget, exactly
+from dnl_kernels.testing import Exact, assert_within_budget, exactly
 
 pytestmark = pytest.mark.skipif(_backend.absence("cpu") is not None, reason="needs the C++ extension")
 WIDTHS = range(1, 50)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+def bounded(compute, dtype, draws=None):
+    if dtype == torch.float32:
+        return exactly(compute, dtype, draws=draws)
+    return tree_map(lambda t: Exact(t, 1e-10 * (1 + t.abs())) if isinstance(t, torch.Tensor) else t, compute())
 
 
 def integers(*shape, dtype, most=3):
@@ -102,7 +110,7 @@ def moments(x):
 def test_statistics(levels, dtype):
     for width in WIDTHS:
         x = integers(2, 3, 4, width, dtype=dtype)
-        exact = exactly(lambda x=x: moments(x.double()), dtype)
+        exact = bounded(lambda x=x: moments(x.double()), dtype)
         for level in levels():
             found = norm_activation.norm_activation(x, None, None, None, None, "identity", None, 1e-5)[1:]
             for a, e in zip(found, exact, strict=True):
@@ -123,7 +131,7 @@ def test_dnl_block(levels, dtype, config):
     for width in WIDTHS:
         x, layers = torch.randn(1, 2, 5, width, dtype=dtype), parameters_of(config, dtype)
         wide = x.double(), cast(layers, torch.float64)
-        exact, _, exact_grads = exactly(lambda wide=wide: step(block_reference.dnl_block, *wide, config), dtype)
+        exact, _, exact_grads = bounded(lambda wide=wide: step(block_reference.dnl_block, *wide, config), dtype)
         for level in levels():
             states, _, grads = step(fused.dnl_block, x, layers, config)
             assert_within_budget(f"{level}, width {width}: states", states, exact)
@@ -149,7 +157,7 @@ def test_nonlocal_attention(levels, dtype, kernel, side):
             return gradients(function, leaves)
 
         wide = [None if t is None else t.double() for t in leaves]
-        exact = exactly(lambda wide=wide, call=call: call("reference", wide), dtype)
+        exact = bounded(lambda wide=wide, call=call: call("reference", wide), dtype, draws=5)
         for level in levels():
             for i, (a, e) in enumerate(zip(call("cpu", leaves), exact, strict=True)):
                 assert_within_budget(f"{level}, {width} {side}: result {i}", a, e)
@@ -163,7 +171,7 @@ def test_dnl_layer(levels, dtype, kernel):
         case = LayerCase(batch=9, channels=3, height=1, width=width, query=2, value=2, outputs=2, kernel=kernel)
         y, dx, theta = case.tensors(dtype, width)
         wide = y.double(), dx.double(), NonLocalParameters(*(None if t is None else t.double() for t in theta))
-        exact, exact_grads = exactly(lambda case=case, wide=wide: eager(case, *wide), dtype, draws=3)
+        exact, exact_grads = bounded(lambda case=case, wide=wide: eager(case, *wide), dtype, draws=5)
         for level in levels():
             x, grads = layer(case, y, dx, theta)
             assert_within_budget(f"{level}, width {width}", x, exact)
