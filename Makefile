@@ -35,7 +35,8 @@ demo: build ## train the paper's depth sweep on digits (CPU, a few minutes)
 
 test: build ## the whole test suite; Triton's kernels interpreted in a process of their own
 	@suite=passed; interpreter=passed; \
-	$(PARALLEL) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile || suite=FAILED; \
+	$(PARALLEL) $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not sanitizers" || suite=FAILED; \
 	$(PARALLEL) TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) \
 		python_tests/triton_backend/interpreter || interpreter=FAILED; \
 	echo "make test: the suite $$suite, the Triton interpreter $$interpreter"; \
@@ -61,6 +62,7 @@ sanitize: build ## operator tests on a library built with AddressSanitizer and U
 	python_tests/ops/test_dense_sum.py python_tests/ops/test_dense_conv2d.py python_tests/ops/test_dnl_block_cpu.py \
 	python_tests/ops/test_nonlocal_attention.py python_tests/ops/test_dnl_layer_cpu.py \
 	python_tests/ops/test_norm_activation.py
+	$(PARALLEL) $(BIN)/python -m pytest --numprocesses 2 --dist load -m sanitizers python_tests/cuda_backend
 
 install-check: build ## every way of installing, in environments that lack something
 	$(BIN)/python python_tests/install/check_install.py

@@ -13,6 +13,17 @@ from dnl_kernels import _backend, _extension
 os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
 
 
+# Files of minutes that few tests make. Processes that share the suite by files take them first, and end together.
+LONG = (
+    "test_examples", "test_resume", "test_data_parallel", "test_training", "test_learning", "test_gate", "test_docs",
+    "test_widths", "test_gpu_day", "test_onnx", "test_tools", "test_dnl_block", "test_budget", "test_structured",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def seed(request):
     """From the test's name; DNL_TEST_SEED (default 0) is added, for other draws of every test."""

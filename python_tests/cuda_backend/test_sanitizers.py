@@ -14,7 +14,7 @@ FLOAT32 = "float32 and (seven or growth-12 or tokens-channels or wide-images or 
 SUBSET = f"test_against_float64 and (bfloat16 or test_tf32 or {FLOAT32}) and not bands and not images-share-a-tile"
 
 
-@pytest.mark.slow
+@pytest.mark.sanitizers
 @pytest.mark.skipif(cuda_emulator.absence() is not None, reason=str(cuda_emulator.absence()))
 @pytest.mark.parametrize("flavour", ["address", "thread"])
 def test_kernels_under(flavour):
