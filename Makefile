@@ -76,7 +76,7 @@ cuda-check: $(READY) ## compile every GPU kernel without a GPU, count traffic, a
 
 mutation-check: build ## break the C++ and the Triton kernels on purpose and see their tests fail
 	@cpu=passed; triton=passed; \
-	$(BIN)/python python_tests/cpu_backend/mutations.py || cpu=FAILED; \
+	$(BIN)/python python_tests/cpu_backend/mutations.py --markdown docs/testing/mutants.md || cpu=FAILED; \
 	$(BIN)/python python_tests/triton_backend/mutations.py || triton=FAILED; \
 	echo "make mutation-check: C++ $$cpu, Triton $$triton"; [ $$cpu$$triton = passedpassed ]
 
