@@ -61,7 +61,7 @@ sanitize: build ## operator tests on a library built with AddressSanitizer and U
 	-k "not derivative and not gradcheck and not gradients_of_gradients and not double_backward and not compile" \
 	python_tests/ops/test_dense_sum.py python_tests/ops/test_dense_conv2d.py python_tests/ops/test_dnl_block_cpu.py \
 	python_tests/ops/test_nonlocal_attention.py python_tests/ops/test_dnl_layer_cpu.py \
-	python_tests/ops/test_norm_activation.py
+	python_tests/ops/test_norm_activation.py python_tests/ops/test_transition.py python_tests/ops/test_dnl_bottleneck.py
 	$(PARALLEL) $(BIN)/python -m pytest --numprocesses 2 --dist load -m sanitizers python_tests/cuda_backend
 
 install-check: build ## every way of installing, in environments that lack something
@@ -78,7 +78,7 @@ cuda-check: $(READY) ## compile every GPU kernel without a GPU, count traffic, a
 
 mutation-check: build ## break the C++ and the Triton kernels on purpose and see their tests fail
 	@cpu=passed; triton=passed; \
-	$(BIN)/python python_tests/cpu_backend/mutations.py || cpu=FAILED; \
+	$(BIN)/python python_tests/cpu_backend/mutations.py --markdown docs/testing/mutants.md || cpu=FAILED; \
 	$(BIN)/python python_tests/triton_backend/mutations.py || triton=FAILED; \
 	echo "make mutation-check: C++ $$cpu, Triton $$triton"; [ $$cpu$$triton = passedpassed ]
 

@@ -50,15 +50,10 @@ void product_tile(const Product<T>& p, int64_t row, int64_t vector, Stream ahead
 #pragma GCC unroll 4
   for (int j = 0; j < N; j++)
     w[j] = p.weight + (vector + j) / kPerBlock * p.block_step + (vector + j) % kPerBlock * kLanes<T>;
-  Vec<T> sum[M][N];
   const int64_t* rows = p.rows + row;
   T* c = p.c + vector * kLanes<T>;
-#pragma GCC unroll 4
-  for (int j = 0; j < N; j++) {
-    const Vec<T> first = p.bias ? load(p.bias + (vector + j) * kLanes<T>) : Vec<T>{};
-#pragma GCC unroll 14
-    for (int m = 0; m < M; m++) sum[m][j] = p.accumulate ? load(c + rows[m] + j * kLanes<T>) : first;
-  }
+  // What was there before is added last: as the first of the terms it would make each of them round to its own size.
+  Vec<T> sum[M][N] = {};
   const T* from = p.a + row * MS;
   int64_t at = 0;
   for (int64_t o = 0; o < p.outer; o++, from += p.outer_step) {
@@ -83,7 +78,11 @@ void product_tile(const Product<T>& p, int64_t row, int64_t vector, Stream ahead
 #pragma GCC unroll 14
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++) store(c + rows[m] + j * kLanes<T>, maximum(floor, sum[m][j]));
+    for (int j = 0; j < N; j++) {
+      T* const to = c + rows[m] + j * kLanes<T>;
+      const Vec<T> before = p.accumulate ? load(to) : p.bias ? load(p.bias + (vector + j) * kLanes<T>) : Vec<T>{};
+      store(to, maximum(floor, before + sum[m][j]));
+    }
 }
 
 // The tiles of N vectors with 1 .. product_rows(N) rows.

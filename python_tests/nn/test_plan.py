@@ -338,7 +338,8 @@ def test_kept_weights_follow_every_change(form):
     check("another parameter")
     block.load_state_dict({name: t + 0.1 for name, t in block.state_dict().items()})
     check("load_state_dict")
-    layer.affine.weight.data = torch.randn(1, *layer.affine.weight.shape[1:]).expand(layer.affine.weight.shape)
+    one = torch.randn_like(layer.affine.weight[:1])
+    layer.affine.weight.data = one.expand(layer.affine.weight.shape)
     check("an expanded weight, whose memory is smaller than it says")
     assert kept._entry is None
     block.float(), (x := x.float())
