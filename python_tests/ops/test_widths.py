@@ -28,9 +28,9 @@ WIDTHS = range(1, 50)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-def bounded(compute, dtype, draws=None):
+def bounded(compute, dtype):
     if dtype == torch.float32:
-        return exactly(compute, dtype, draws=draws)
+        return exactly(compute, dtype)
     return tree_map(lambda t: Exact(t, 1e-10 * (1 + t.abs())) if isinstance(t, torch.Tensor) else t, compute())
 
 
@@ -157,7 +157,7 @@ def test_nonlocal_attention(levels, dtype, kernel, side):
             return gradients(function, leaves)
 
         wide = [None if t is None else t.double() for t in leaves]
-        exact = bounded(lambda wide=wide, call=call: call("reference", wide), dtype, draws=5)
+        exact = bounded(lambda wide=wide, call=call: call("reference", wide), dtype)
         for level in levels():
             for i, (a, e) in enumerate(zip(call("cpu", leaves), exact, strict=True)):
                 assert_within_budget(f"{level}, {width} {side}: result {i}", a, e)
@@ -171,7 +171,7 @@ def test_dnl_layer(levels, dtype, kernel):
         case = LayerCase(batch=9, channels=3, height=1, width=width, query=2, value=2, outputs=2, kernel=kernel)
         y, dx, theta = case.tensors(dtype, width)
         wide = y.double(), dx.double(), NonLocalParameters(*(None if t is None else t.double() for t in theta))
-        exact, exact_grads = bounded(lambda case=case, wide=wide: eager(case, *wide), dtype, draws=5)
+        exact, exact_grads = bounded(lambda case=case, wide=wide: eager(case, *wide), dtype)
         for level in levels():
             x, grads = layer(case, y, dx, theta)
             assert_within_budget(f"{level}, width {width}", x, exact)
