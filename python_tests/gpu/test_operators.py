@@ -66,7 +66,8 @@ def _repeats(call, backend, reasons):
 @every_pair
 def test_results_do_not_depend_on_the_run(op, backend):
     """Three named cases that the backend takes, and on a device a large one."""
-    reasons, ran = [], 0
+    reasons: list[str] = []
+    ran = 0
     named_cases = iter(named.CASES[op].values())
     while ran < 3 and (make := next(named_cases, None)):
         ran += _repeats(make(torch.float32), backend, reasons)

@@ -1,6 +1,8 @@
 """The registered operators by themselves: schemas and shape functions, and the kernels that no public function reaches
 in every form."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -73,7 +75,8 @@ def test_every_operator_has_something_to_check():
 def test_opcheck(op, backend, dtype):
     for name, arguments in registered(op, backend, dtype).items():
         there = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(DEVICE), arguments)
-        torch.library.opcheck(_backend.kernel(backend, name), there)
+        run: Any = _backend.kernel(backend, name)
+        torch.library.opcheck(run, there)
 
 
 @ON_CUDA
