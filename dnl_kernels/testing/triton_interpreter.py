@@ -254,15 +254,17 @@ def _atomic(self, *args):
 
 
 def _hint(self, name, values, original=Handle.set_attr):
-    """`multiple_of` of pointers: the compiler makes wide accesses of what follows the first element of every row."""
-    if name == "tt.divisibility" and isinstance(self.dtype, tl.pointer_type):
+    """`multiple_of` of pointers and numbers: the compiler makes wide accesses of what follows the first element of a
+    row."""
+    if name == "tt.divisibility":
+        what, unit = ("pointers", " bytes") if isinstance(self.dtype, tl.pointer_type) else ("numbers", "")
         for dimension, value in enumerate(values):
             starts = self.data.take([0], dimension) if self.data.ndim else self.data
             wrong = starts.astype(np.int64) % value != 0
             if wrong.any():
                 raise OutOfBounds(
-                    f"{_Launch.kernel}: {int(wrong.sum())} of {wrong.size} runs of pointers said to start at multiples"
-                    f" of {value} bytes do not"
+                    f"{_Launch.kernel}: {int(wrong.sum())} of {wrong.size} runs of {what} said to start at multiples"
+                    f" of {value}{unit} do not"
                 )
     return original(self, name, values)
 
