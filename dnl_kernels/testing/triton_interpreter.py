@@ -269,6 +269,13 @@ def _hint(self, name, values, original=Handle.set_attr):
     return original(self, name, values)
 
 
+def _patch_tensor(tensor, scope, original=interp._patch_lang_tensor):
+    """A number as the end of a loop is an array of one element, which numpy 2.4 no longer turns into a number; Triton
+    3.6 has it do so."""
+    original(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
 def _argument(value, original=interp._implicit_cvt):
     """An integer from 2^31 to 2^32 reaches a kernel as int64; the interpreter would hold it in 32 bits."""
     if type(value) is int and 2**31 <= value < 2**32:
@@ -354,6 +361,7 @@ def install() -> None:
     interp.GridExecutor.__call__ = _launch
     interp.InterpretedFunction.__call__ = _device_function
     interp._implicit_cvt = _argument
+    interp._patch_lang_tensor = _patch_tensor
     Handle.set_attr = _hint
     # Nothing to copy back: the tensors are the CPU's own (and copying would touch every page of a sparse one).
     interp.GridExecutor._restore_args_dev = lambda self, *arguments: None
