@@ -105,7 +105,7 @@ def _listed(LIST, j):
 
 
 @triton.jit
-def _entry(TABLE, j, like, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
+def _entry(TABLE, j, like, LAST: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
     """The j-th state: its address, its row stride, how many channels it has, and its first channel.
 
     COLUMNS: of the table in memory; 0 for a list (see _listed)."""
@@ -116,7 +116,7 @@ def _entry(TABLE, j, like, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
         address, stride, channels = tl.load(TABLE), tl.load(TABLE + 1), tl.load(TABLE + 2)
         first = tl.load(TABLE + 3)
     channels = channels.to(tl.int32)
-    if ALIGNED:  # of any dtype: ALIGNED is about 16 bytes, which is at least 4 elements
+    if LAST and ALIGNED:  # rows of channels, whole pieces of 16 bytes; of planes any number may be aligned
         channels = tl.multiple_of(channels, VECTOR_ELEMENTS(like))
     return address.to(like.dtype, bitcast=True), stride, channels, first
 
@@ -180,7 +180,7 @@ def _accumulated(
     """y + sum_j W_j (*) act(norm_scale x_j + norm_shift), a tile [pixels, outputs n]."""
     TAPS: tl.constexpr = SIZE * SIZE
     for j in range(0, count):
-        state, stride, channels, first = _entry(TABLE, j, X, ALIGNED, COLUMNS)
+        state, stride, channels, first = _entry(TABLE, j, X, LAST, ALIGNED, COLUMNS)
         for i in range(0, tl.cdiv(channels, K) * TAPS):
             c = i // TAPS * K + tl.arange(0, K)
             tap = i % TAPS
@@ -247,7 +247,7 @@ def pull_kernel(
     p, image, place = _pixels(tl.program_id(0).to(tl.int64) * P, plane, P)
     inside = p < pixels
     j, c = _chunk(TABLE, tl.program_id(1), count, C, STATES, COLUMNS)
-    state, stride, channels, first = _entry(TABLE, j, X, ALIGNED, COLUMNS)
+    state, stride, channels, first = _entry(TABLE, j, X, LAST, ALIGNED, COLUMNS)
     exists = c < channels
     g = tl.zeros((P, C), tl.float32)
     for i in range(0, tl.cdiv(outputs, K) * TAPS):
@@ -288,7 +288,7 @@ def weight_gradient_kernel(
     j, c = _chunk(TABLE, tl.program_id(1), count, C, STATES, COLUMNS)
     tap = tl.program_id(2) % TAPS
     n = tl.program_id(2) // TAPS * N + tl.arange(0, N)
-    state, stride, channels, first = _entry(TABLE, j, X, ALIGNED, COLUMNS)
+    state, stride, channels, first = _entry(TABLE, j, X, LAST, ALIGNED, COLUMNS)
     exists = c < channels
     dw = tl.zeros((N, C), tl.float32)
     for i in range(0, steps):

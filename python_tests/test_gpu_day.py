@@ -1,6 +1,7 @@
 """The driver of `make gpu-day`, without a GPU: its clock and limits, restarts behind a culprit, and the page."""
 
 import json
+import subprocess
 import sys
 import time
 
@@ -110,6 +111,45 @@ def test_a_part_that_is_ended_at_its_limit_blames_nobody(plan, tmp_path):
     assert row["outcome"] == "unfinished" and len(kinds(plan.day, "step")) == 1
 
 
+SLOW = """
+import time, pytest
+
+@pytest.mark.parametrize("name", ["first", "killed", "later", "last"])
+def test_each(name):
+    with open({log!r}, "a") as file:
+        file.write(name + " ")
+    time.sleep(3 * (name == "killed"))
+"""
+DRIVER = """
+import pathlib
+from bench.gpu_day.__main__ import Plan
+from bench.gpu_day.day import Day
+plan = Plan(Day(pathlib.Path({out!r}), 300), [], rehearse=False, workers=1)
+plan.folder = {folder!r}
+plan.part("rest", "0/1", look=False, reserve=0)
+"""
+
+
+def test_a_day_that_is_killed_loses_nothing_and_is_continued(plan, tmp_path):
+    """kill -9 of the driver in the middle of a test: the page is rendered from what is there, the orphaned process ends
+    at its next test, and another day runs what has no outcome, and only that."""
+    log = tmp_path / "ran"
+    (tmp_path / "tests" / "test_slow.py").write_text(SLOW.format(log=str(log)))
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER.format(out=str(plan.day.out), folder=plan.folder)])
+    until = time.monotonic() + 120
+    while not (log.exists() and "killed" in log.read_text()):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    driver.kill()
+    driver.wait()
+    page = summary.render(rows(plan.day.results))
+    assert "**Cut off**" in page and "| rest | 1 | 0 | 0 | 0 | 0 |" in page
+    time.sleep(6)
+    plan.part("rest", "0/1", look=False, reserve=0)
+    assert log.read_text().split() == ["first", "killed", "later", "last"]
+    assert {row["outcome"] for row in summary.tests(rows(plan.day.results)).values()} == {"passed"}
+
+
 def test_parts_share_the_tests(plan, tmp_path):
     names = [*(f"dense_sum-cuda-{i}" for i in range(12)), "dense_sum-triton"]
     text = f"import pytest\n@pytest.mark.parametrize('name', {names})\ndef test_it(name):\n    pass\n"
@@ -118,6 +158,22 @@ def test_parts_share_the_tests(plan, tmp_path):
         plan.part("dense_sum:cuda", shard, look=False, reserve=0)
     found = kinds(plan.day, "test")
     assert len({row["test"] for row in found}) == len(found) == 12 and {row["shard"] for row in found} == {"0/2", "1/2"}
+
+
+def test_a_look_is_at_two_cases_that_the_backend_takes(plan, tmp_path):
+    """Of each dtype; a refused case is none, an empty one shows nothing, and the others are left for the tests."""
+    names = [f"dnl_layer-cuda-{case}-{dtype}" for dtype in ("float32", "half")
+             for case in ("refused", "empty", "a", "refused-too", "b", "c")]  # fmt: skip
+    text = (
+        f"import pytest\n@pytest.mark.parametrize('name', {names})\ndef test_named_cases(name):\n"
+        "    if 'refused' in name: pytest.skip('refused')\n    assert '-b-' not in name\n"
+    )
+    (tmp_path / "tests" / "test_looks.py").write_text(text)
+    plan.part("dnl_layer:cuda", "0/1", look=True, reserve=0)
+    outcomes = [row["outcome"] for row in kinds(plan.day, "test")]
+    assert outcomes == ["skipped", "passed", "skipped", "failed"] * 2
+    plan.part("dnl_layer:cuda", "0/1", look=False, reserve=0)
+    assert len({row["test"] for row in kinds(plan.day, "test")}) == len(kinds(plan.day, "test")) == len(names)
 
 
 def test_only():

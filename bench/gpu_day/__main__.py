@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import json
 import os
@@ -93,9 +94,12 @@ class Plan:
                 return
 
     def _unfinished(self, part: str, shard: str) -> list[str]:
+        """What was started more often than it ended."""
         mine = [r for r in rows(self.day.results) if (r.get("part"), r.get("shard")) == (part, shard)]
-        finished = {r["test"] for r in mine if r["kind"] == "test"}
-        return [r["test"] for r in mine if r["kind"] == "start" and r["test"] not in finished]
+        started, ended = (
+            collections.Counter(r["test"] for r in mine if r["kind"] == kind) for kind in ("start", "test")
+        )
+        return list(started - ended)
 
     def _only_ours(self) -> list[str]:
         """The option that leaves other kernels alone: its name differs between versions."""

@@ -20,6 +20,7 @@ import dnl_kernels as dnl
 from bench.comparison import Case, Way, of_module, way
 from bench.gpu_day import day, measure
 from bench.peers import PlainDenseBlock, dense_sums_eager
+from dnl_kernels._activations import activate
 from dnl_kernels.testing import dense_conv2d, dense_linear, dense_sum, dnl_layer
 
 GPU = measure.GPU
@@ -27,6 +28,7 @@ DEVICE = "cuda" if GPU else "cpu"
 HALF = torch.bfloat16
 OWN = ("cuda", "triton") if GPU else ("cpu",)
 Cases = Iterator[tuple[Case, bool]]
+NOT_COMPILED = "torch.compile takes minutes for a training step of a whole network: see the blocks"
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,8 +113,13 @@ def sums() -> Cases:
             def call(weight, *states, backend=None, dim=dim):
                 return dnl.dense_sum(states, weight, channel_dim=dim, backend=backend)
 
+            def plain(weight, *states, dim=dim, size=size):
+                shape = [-1 if d == dim % len(size.shape) else 1 for d in range(len(size.shape))]
+                rows = weight.unbind() if size.channel_dim is None else [w.view(shape) for w in weight]
+                return functools.reduce(torch.add, (w * x for w, x in zip(rows, states, strict=True)))
+
             given = [weight, *states]
-            found = backends("dense_sum", call, given)
+            found = backends("dense_sum", call, given) | {"eager in the type": way(plain, given)}
             if GPU:
                 found["compile"] = way(compiled(functools.partial(call, backend="reference")), given)
             count, numel = len(states), states[0].numel()
@@ -260,6 +267,7 @@ def networks() -> Cases:
         found: dict[str, Way | str] = {
             "ours": loss_way(network, x), "eager": loss_way(twin, x),
             "channels last": loss_way(copy.deepcopy(twin).to(memory_format=torch.channels_last), last),
+            "compile": NOT_COMPILED,
         }  # fmt: skip
         yield Case("network", name(dtype, f"paper-L{depth}-B{batch}") + "-tf32" * tf32, found), tf32
     import torchvision
@@ -273,6 +281,7 @@ def networks() -> Cases:
             found = {
                 "ours": loss_way(accelerate(copy.deepcopy(model)), x), "torchvision": loss_way(model, x),
                 "channels last": loss_way(copy.deepcopy(model).to(memory_format=torch.channels_last), last),
+                "compile": NOT_COMPILED,
             }  # fmt: skip
             yield Case("network", name(dtype, f"{title}-B{batch}-{size}") + "-tf32" * tf32, found), tf32
             if not GPU:
@@ -292,9 +301,14 @@ def linear() -> Cases:
                 words = {"activation": size.activation, "scale": size.scale, "backend": backend}
                 return dnl.dense_linear(states, weight, bias, norm_scale=scale, norm_shift=shift, **words)
 
-            found = backends("dense_linear", call, given)
+            def plain(weight, bias, scale, shift, *states, size=size):
+                x = torch.cat(states, -1)
+                x = activate(x if scale is None else x * scale + shift, size.activation)
+                return F.linear(x, size.scale * weight, bias)
+
+            found = backends("dense_linear", call, given) | {"eager in the type": way(plain, given)}
             if GPU:
-                found["compile"] = way(compiled(functools.partial(call, backend="reference")), given)
+                found["compile"] = way(compiled(plain), given)
             rows, channels = states[0].numel() // states[0].shape[-1], sum(size.channels)
             yield Case("dense_linear", name(dtype, title) + "-tf32" * tf32, found, exactly(call, given),
                        flops=2.0 * rows * channels * size.width,

@@ -7,6 +7,7 @@ on.
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import zlib
@@ -18,7 +19,7 @@ from bench.gpu_day import day
 PATH = os.environ[day.RESULTS]
 PART, SHARD = os.environ["DNL_DAY_PART"], os.environ.get("DNL_DAY_SHARD", "0/1")
 LOOK = os.environ.get("DNL_DAY_LOOK") == "1"
-BROKEN_CONTEXT = 77  # the exit status
+BROKEN_CONTEXT, ORPHANED = 77, 78  # the exit status
 # Errors after which every call of this process fails.
 STICKY = re.compile(
     r"illegal memory access|illegal address|misaligned address|illegal instruction|unspecified launch failure|"
@@ -38,23 +39,24 @@ def part_of(nodeid: str) -> str:
     return f"{found[1]}:{found[2]}" if found else "rest"
 
 
-def looked_at(items: list[pytest.Item], count: int = 2) -> list[pytest.Item]:
-    """The first cases of each dtype that do something."""
-    kept, seen = [], dict[str, int]()
-    for item in items:
-        if "test_named_cases" in item.nodeid and "empty" not in item.nodeid:
-            dtype = item.nodeid.rpartition("-")[2]
-            seen[dtype] = seen.get(dtype, 0) + 1
-            if seen[dtype] <= count:
-                kept.append(item)
-    return kept
+LOOKS = 2  # named cases of each dtype
+_looked_at: collections.Counter[str] = collections.Counter()  # dtype -> cases that ran, whatever came of it
+
+
+def _dtype(item: pytest.Item) -> str:
+    return item.nodeid.rpartition("-")[2].rstrip("]")
+
+
+def _for_a_look(item: pytest.Item) -> bool:
+    return "test_named_cases" in item.nodeid and "empty" not in item.nodeid
 
 
 def pytest_collection_modifyitems(config, items):
     index, count = map(int, SHARD.split("/"))
-    done = {row["test"] for row in day.rows(PATH) if row["kind"] == "test"}
+    # What the limit ended is tried again, when a day is continued.
+    done = {row["test"] for row in day.rows(PATH) if row["kind"] == "test" and row["outcome"] != "unfinished"}
     mine = [item for item in items if part_of(item.nodeid) == PART]
-    mine = looked_at(mine) if LOOK else mine
+    mine = [item for item in mine if not LOOK or _for_a_look(item)]
     kept = [i for i in mine if i.nodeid not in done and zlib.crc32(i.nodeid.encode()) % count == index]
     kept.sort(key=lambda item: next((i for i, name in enumerate(ORDER) if name in item.nodeid), len(ORDER)))
     chosen = set(kept)
@@ -62,13 +64,24 @@ def pytest_collection_modifyitems(config, items):
     items[:] = kept
 
 
+DRIVER = os.getppid()
+
+
 def pytest_runtest_logstart(nodeid, location):
+    if os.getppid() != DRIVER:
+        pytest.exit("the driver of the day is gone: nobody would end this process", returncode=ORPHANED)
     day.append(PATH, kind="start", test=nodeid, part=PART, shard=SHARD)
+
+
+def pytest_runtest_protocol(item, nextitem):
+    """A look ends with two cases of a dtype that the backend did not refuse: the others are for the tests' turn."""
+    return True if LOOK and _looked_at[_dtype(item)] >= LOOKS else None
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
+    _looked_at[_dtype(item)] += report.when == "call" and report.outcome != "skipped"
     if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
         why = "" if report.outcome == "passed" else _reason(report)
         day.append(PATH, kind="test", test=item.nodeid, part=PART, shard=SHARD, outcome=report.outcome,

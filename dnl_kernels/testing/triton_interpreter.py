@@ -254,17 +254,26 @@ def _atomic(self, *args):
 
 
 def _hint(self, name, values, original=Handle.set_attr):
-    """`multiple_of` of pointers: the compiler makes wide accesses of what follows the first element of every row."""
-    if name == "tt.divisibility" and isinstance(self.dtype, tl.pointer_type):
+    """`multiple_of` of pointers and numbers: the compiler makes wide accesses of what follows the first element of a
+    row."""
+    if name == "tt.divisibility":
+        what, unit = ("pointers", " bytes") if isinstance(self.dtype, tl.pointer_type) else ("numbers", "")
         for dimension, value in enumerate(values):
             starts = self.data.take([0], dimension) if self.data.ndim else self.data
             wrong = starts.astype(np.int64) % value != 0
             if wrong.any():
                 raise OutOfBounds(
-                    f"{_Launch.kernel}: {int(wrong.sum())} of {wrong.size} runs of pointers said to start at multiples"
-                    f" of {value} bytes do not"
+                    f"{_Launch.kernel}: {int(wrong.sum())} of {wrong.size} runs of {what} said to start at multiples"
+                    f" of {value}{unit} do not"
                 )
     return original(self, name, values)
+
+
+def _patch_tensor(tensor, scope, original=interp._patch_lang_tensor):
+    """A number as the end of a loop is an array of one element, which numpy 2.4 no longer turns into a number; Triton
+    3.6 has it do so."""
+    original(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
 
 def _argument(value, original=interp._implicit_cvt):
@@ -352,6 +361,7 @@ def install() -> None:
     interp.GridExecutor.__call__ = _launch
     interp.InterpretedFunction.__call__ = _device_function
     interp._implicit_cvt = _argument
+    interp._patch_lang_tensor = _patch_tensor
     Handle.set_attr = _hint
     # Nothing to copy back: the tensors are the CPU's own (and copying would touch every page of a sparse one).
     interp.GridExecutor._restore_args_dev = lambda self, *arguments: None

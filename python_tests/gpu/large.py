@@ -55,7 +55,7 @@ RESIDENT = {
     "8x8": block(16, 6, (8, 8), 300),
     "14x14": block(8, 6, (14, 14), 40),
     "16x16": block(8, 12, (16, 16), 33, norm=None, activation="silu"),
-    "32x32": block(4, 6, (32, 32), 40),
+    "32x32": block(2, 6, (32, 32), 40),
     "wide": block(3, 24, (9, 7), 5),
     "pointwise": block(8, 16, (8, 8), 17, affine="conv1x1"),
     "paper-order": block(6, 8, (12, 16), 21, preactivation=False, activation="tanh", tau=0.25),

@@ -2,8 +2,8 @@
 
 Samples are independent of each other, so what happens to the last ones of a huge batch is what happens to them alone:
 the batch repeats a few samples, the gradient of the output is zero but at the last ones, and everything that belongs
-to them is held to the error budget against float64. These tests need gigabytes; `bench.gpu_day` runs them alone on the
-card.
+to them is held to twice eager's error against float64. These tests need gigabytes; `bench.gpu_day` runs them alone on
+the card.
 """
 
 import gc

@@ -16,7 +16,9 @@ import tempfile
 import venv
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# The floor is torch 2.10, whose wheel brings a CUDA of several GB; 2.13's comes without. `2.10.0` tests the floor.
+# The floor is torch 2.10, of which package indexes have a build with CUDA only, 4 GB that take longer than all of this
+# check; 2.13 comes without. DNL_OLDEST_TORCH=2.10.0 tests the floor; with an index that has builds for processors
+# (PIP_EXTRA_INDEX_URL) 2.10.0+cpu does. docs/gpu/ready.md has what was seen under every version.
 OLDEST = os.environ.get("DNL_OLDEST_TORCH", "2.13.0")
 OLDEST_TORCH = f"torch=={OLDEST}"
 # What a user does next: one forward and backward, on the best backend, and the report.

@@ -32,7 +32,7 @@ def _tile(row_first, column_first, rows, columns, period, ROWS: tl.constexpr, CO
 
 @triton.jit
 def _pointers(base, outer, inner, column, stride, columns, ALIGNED: tl.constexpr):
-    offset = outer.to(tl.int64) * stride + inner * columns
+    offset = outer.to(tl.int64) * stride + inner.to(tl.int64) * columns  # one sample may have more than 2^31 elements
     pointers = base + (offset[:, None] + column[None, :])
     return tl.multiple_of(pointers, (1, 16)) if ALIGNED else pointers
 
@@ -99,10 +99,10 @@ def dense_sum_bwd_kernel(
             product = x.to(tl.float32) * dy
             if PER == "row":
                 row = row_first + tl.arange(0, ROWS)
-                at = (j * rows + row).to(tl.int64) * tiles + pid % tiles
+                at = (tl.cast(j, tl.int64) * rows + row) * tiles + pid % tiles
                 tl.store(PARTIAL + at, tl.sum(product, 1), mask=row < rows)
             elif PER == "column":
-                at = (j * tl.cdiv(rows, ROWS) + pid // tiles).to(tl.int64) * columns + column
+                at = (tl.cast(j, tl.int64) * tl.cdiv(rows, ROWS) + pid // tiles) * columns + column
                 tl.store(PARTIAL + at, tl.sum(product, 0), mask=column < columns)
             else:
                 at = j * tl.num_programs(0).to(tl.int64) + pid

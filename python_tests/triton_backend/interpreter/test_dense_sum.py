@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import dnl_kernels as dnl
 from dnl_kernels import _backend
@@ -88,3 +90,18 @@ def test_offsets_beyond_32_bits(sparse_memory):
         y, (dweight, dx) = run(weight.half(), [wide], dim, "triton")
         assert torch.equal(y, 2 * torch.arange(16).view(2, 8).half())
         assert dweight.isfinite().all() and dx.shape == (2, 8)
+
+
+@triton.jit
+def offset_kernel(X, OUT, outer, inner, columns, stride):
+    """Where the first element of a row lies, as the kernels of dense_sum find it."""
+    row = tl.arange(0, 1)
+    places = kernels._pointers(X, row + outer, row + inner, row, stride, columns, False)
+    tl.store(OUT + row[:, None], places.to(tl.int64, bitcast=True) - X.to(tl.int64, bitcast=True))
+
+
+def test_offsets_beyond_32_bits_inside_one_sample():
+    """Rows are channels of images: the last of 64 channels of 2^26 pixels begins behind 2^31 elements."""
+    x, out = torch.zeros(1, dtype=torch.float16), torch.zeros(1, dtype=torch.int64)
+    offset_kernel[(1,)](x, out, 1, 63, 2**26, 2**32)
+    assert out.item() == 2 * (2**32 + 63 * 2**26)
