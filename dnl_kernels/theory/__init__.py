@@ -31,6 +31,7 @@ from .extension import (
     prolong,
     restrict,
 )
+from .galerkin import Certificate, ContinuousMinimizer, certify, minimize_continuous
 from .integral import Solution, solve_integral_equation
 from .learning import GammaFunctional, LearningProblem, Minimizer, problem_a, problem_b
 from .operators import (
@@ -58,6 +59,8 @@ __all__ = [
     "AdjointResult",
     "BasisCurve",
     "CallableKernel",
+    "Certificate",
+    "ContinuousMinimizer",
     "CosineBasis",
     "DepthKernel",
     "DiscreteParameters",
@@ -86,6 +89,7 @@ __all__ = [
     "Trajectory",
     "adjoint",
     "as_block",
+    "certify",
     "coarsen",
     "convergence_constant",
     "dct_matrix",
@@ -97,6 +101,7 @@ __all__ = [
     "forward",
     "growth_constant",
     "lipschitz_constant",
+    "minimize_continuous",
     "observed_order",
     "pack",
     "parameter_lipschitz_constant",
