@@ -6,7 +6,7 @@ available text does not contain.
 """
 
 from .adjoint import AdjointResult, adjoint
-from .blocks import as_block, coarsen, refine
+from .blocks import as_block
 from .bounds import (
     convergence_constant,
     growth_constant,
@@ -15,6 +15,7 @@ from .bounds import (
     state_bound,
     trajectory_bound,
 )
+from .cascade import coarsen, refine
 from .curves import BasisCurve, CosineBasis, ParameterCurves, SampledCurve
 from .depth import CallableKernel, DepthKernel, SampledKernel
 from .extension import (
@@ -44,6 +45,7 @@ from .operators import (
 )
 from .orders import OrderTable, fitted_order, observed_order, richardson
 from .parameters import DiscreteParameters, flip, pack, unpack
+from .regularity import DepthRegularity, depth_regularity
 from .regularization import (
     regularizer,
     regularizer_continuous,
@@ -63,6 +65,7 @@ __all__ = [
     "ContinuousMinimizer",
     "CosineBasis",
     "DepthKernel",
+    "DepthRegularity",
     "DiscreteParameters",
     "EmbeddedGaussianKernel",
     "ExponentialSumKernel",
@@ -93,6 +96,7 @@ __all__ = [
     "coarsen",
     "convergence_constant",
     "dct_matrix",
+    "depth_regularity",
     "distance",
     "extend",
     "extended_curves",
