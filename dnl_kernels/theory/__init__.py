@@ -17,7 +17,7 @@ from .bounds import (
 )
 from .cascade import coarsen, refine
 from .curves import BasisCurve, CosineBasis, ParameterCurves, SampledCurve
-from .depth import CallableKernel, DepthKernel, SampledKernel
+from .depth import CallableKernel, DepthKernel, SampledKernel, WeaklySingularKernel
 from .extension import (
     PiecewiseBilinear,
     PiecewiseConstant,
@@ -53,6 +53,7 @@ from .regularization import (
     regularizer_terms,
 )
 from .sampling import sample_cell_average, sample_pointwise
+from .solve import IntegralProblem, solve
 from .solvers import Trajectory, forward
 from .spectral import SobolevPreconditioner, dct_matrix, sobolev_gradient
 from .structured import ExponentialSumKernel, SeparableKernel, ToeplitzKernel
@@ -71,6 +72,7 @@ __all__ = [
     "ExponentialSumKernel",
     "GammaFunctional",
     "GaussianKernel",
+    "IntegralProblem",
     "LayerMap",
     "LearningProblem",
     "LocalKernel",
@@ -90,6 +92,7 @@ __all__ = [
     "Solution",
     "ToeplitzKernel",
     "Trajectory",
+    "WeaklySingularKernel",
     "adjoint",
     "as_block",
     "certify",
@@ -125,6 +128,7 @@ __all__ = [
     "sample_cell_average",
     "sample_pointwise",
     "sobolev_gradient",
+    "solve",
     "solve_integral_equation",
     "state_bound",
     "trajectory_bound",
