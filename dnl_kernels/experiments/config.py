@@ -14,6 +14,7 @@ from .errors import UsageError, require
 
 LIMITS = {"above": (">", operator.gt), "at_least": (">=", operator.ge), "below": ("<", operator.lt)}
 METAVAR = {int: "N", float: "X", str: "DIR"}
+DEPTHS = (2, 4, 8, 16)
 DATASETS = ("digits", "fashion-mnist", "cifar10", "svhn")
 
 
@@ -30,7 +31,15 @@ class Config:
     dataset: str = option("digits", "what to train on", kind=str, choices=DATASETS)
     data: str | None = option(None, "folder with the files of the data set", kind=str, same=False)
     limit: int | None = option(None, "train on the first N images only", kind=int, at_least=2)
-    depths: tuple[int, ...] = option((2, 4, 8, 16), "layers L per block", kind=int, many=True, same=False, at_least=1)
+    depths: tuple[int, ...] = option(DEPTHS, "layers L per block", kind=int, many=True, same=False, at_least=1)
+    cascade: tuple[int, ...] | None = option(
+        None,
+        "train shallow first: layers per block, each twice the one before; the last is --depths",
+        kind=int,
+        many=True,
+        at_least=2,
+    )
+    cascade_epochs: int = option(1, "epochs on each level of --cascade but the last", kind=int, at_least=1)
     growth_rate: int = option(6, "channels that a layer adds", kind=int, at_least=1)
     epochs: int = option(6, "passes over the images", kind=int, same=False, at_least=1)
     repeats: int = option(3, "independent runs per depth", kind=int, same=False, at_least=1)
@@ -77,17 +86,38 @@ class Config:
             check(field, getattr(self, field.name))
         if self.norm is None:
             object.__setattr__(self, "norm", "batch" if self.order == "pre" else "none")
+        if self.cascade is not None:
+            self._check_cascade(self.cascade)
         if self.regularizer and min(self.depths) < 2:
             raise UsageError("--regularizer needs differences between layers; expected --depths of at least 2 with it")
 
+    def _check_cascade(self, levels: tuple[int, ...]) -> None:
+        if any(b != 2 * a for a, b in zip(levels[:-1], levels[1:], strict=True)) or len(levels) < 2:
+            raise UsageError(f"--cascade is {' '.join(map(str, levels))}; expected levels that double, as 2 4 8 16")
+        if self.depths not in (DEPTHS, levels[-1:]):
+            raise UsageError(
+                f"--depths is {' '.join(map(str, self.depths))}; expected {levels[-1]}, where --cascade ends"
+            )
+        if self.compile or self.parallel != "ddp":
+            raise UsageError("--cascade changes the network while it trains; expected no --compile and no --parallel")
+        object.__setattr__(self, "depths", levels[-1:])
+
+    def layers(self, depth: int, epoch: int) -> int:
+        """Layers per block of a run of `depth` in this epoch (from 1): fewer while a cascade is on its way."""
+        if self.cascade is None:
+            return depth
+        return self.cascade[min((epoch - 1) // self.cascade_epochs, len(self.cascade) - 1)]
+
     def fixed(self) -> dict[str, Any]:
         """The settings that a resumed run must share."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["same"]}
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["same"]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     def check_same(self, stored: dict[str, Any], where: object) -> None:
         """Raises where `stored`, the settings of the run found at `where`, are not those of this one."""
         for name, value in self.fixed().items():
-            if stored.get(name) != value:
+            default = next(f.default for f in dataclasses.fields(self) if f.name == name)
+            if stored.get(name, default) != value:  # a setting that came later had its default
                 raise UsageError(
                     f"{where} was made with {name} = {stored.get(name)}, not {value}; choose another --out"
                 )
@@ -138,8 +168,9 @@ def from_arguments(args: argparse.Namespace) -> Config:
     names = {field.name for field in dataclasses.fields(Config)}
     settings: dict[str, Any] = read(args.config) if args.config else {}
     settings |= {name: value for name, value in vars(args).items() if name in names}
-    if isinstance(settings.get("depths"), list):
-        settings["depths"] = tuple(settings["depths"])
+    for name in ("depths", "cascade"):
+        if isinstance(settings.get(name), list):
+            settings[name] = tuple(settings[name])
     return Config(**settings)
 
 

@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..theory import dynamics, operators, studies
+from ..theory import dynamics, limit, operators, studies
 from ..theory.learning import problem_a, problem_b
 from . import converge_report
 from .errors import Stopped, UsageError, require
 from .screen import console
 
-STUDIES = ("forward", "regularizer", "constants", "learning", "dynamics")
+STUDIES = ("forward", "regularizer", "constants", "learning", "limit", "dynamics")
 LEVELS = {
     "forward": [64, 128, 256, 512, 1024, 2048, 4096],
     "regularizer": [8, 16, 32, 64, 128, 256],
     "constants": [8, 16, 32, 64, 128, 256],
     "learning": [4, 8, 16, 32, 64],
+    "limit": [4, 8, 16, 32, 64],
     "dynamics": [4, 8, 16, 32, 64],
 }
 
@@ -44,23 +45,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="non-local operators; gaussian is exp(y_i.y_j), rbf what the package's operators call gaussian [all]",
     )
     forward.add_argument("--sigma", nargs="+", choices=["tanh", "relu"], help="activations [tanh relu]")
-    learning = parser.add_argument_group("regularizer, learning, dynamics")
+    learning = parser.add_argument_group("regularizer, learning, limit, dynamics")
     learning.add_argument(
         "--problem", choices=["a", "b"], help="a: local, d = 1; b: RBF with a learnable bandwidth [a]"
     )
     learning.add_argument("--p", type=float, nargs="+", help="exponents of the two-index norms [4; regularizer: 2 4]")
     learning.add_argument("--first", nargs="+", choices=["input", "lifted"], help="the first state x^0 [input]")
     learning.add_argument("--restarts", type=int, help="random starts at L = 8 [a: 4, b: 12]")
+    learning.add_argument("--degrees", type=int, nargs="+", help="of the polynomials, for the limit [6 10 14 18 22]")
     learning.add_argument("--rule", nargs="+", choices=list(dynamics.RULES), help="descent rules [all but l2]")
     learning.add_argument("--steps", type=int, help="descent steps [300]")
 
 
+PROBLEMS = ("learning", "limit", "dynamics")  # studies of one learning problem, whose name is in the files
 # Which options a study reads; another one given with it is a mistake, not something to ignore.
 READS = {
     "forward": {"kernel", "sigma"},
     "regularizer": {"p"},
     "constants": set(),
     "learning": {"problem", "p", "first", "restarts"},
+    "limit": {"problem", "p", "restarts", "degrees"},
     "dynamics": {"problem", "rule", "steps"},
 }
 
@@ -77,7 +81,9 @@ def run(args: argparse.Namespace) -> int:
             found = [_study(args, p, first, watch) for p, first in _variants(args)]
     except ValueError as error:
         raise UsageError(str(error)) from error
-    name = "-".join([args.study, *([args.problem or "a"] if args.study in ("learning", "dynamics") else [])])
+    which = [args.problem or "a"] if args.study in PROBLEMS else []
+    exponents = [f"p{p:g}" for p, _ in _variants(args) if args.study == "limit"]
+    name = "-".join([args.study, *which, *exponents])
     record: dict[str, Any] = {
         "name": name,
         "versions": {"dnl_kernels": __version__, "torch": torch.__version__},
@@ -109,6 +115,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--levels must be at least 2 increasing layer counts >= 1, got {' '.join(map(str, levels))}")
     if args.study in ("learning", "dynamics") and len(levels) < 3:
         raise UsageError("--levels must be at least 3 layer counts here: orders compare differences between levels")
+    if args.study == "limit" and any(levels[-1] % level for level in levels):
+        raise UsageError(f"--levels must divide the last, {levels[-1]}, for a common quadrature")
+    if any(degree < 1 for degree in args.degrees or ()) or sorted(set(args.degrees or ())) != (args.degrees or []):
+        raise UsageError(f"--degrees must be increasing and >= 1, got {' '.join(map(str, args.degrees))}")
     if args.study in ("forward", "constants") and any(level % levels[0] for level in levels):
         raise UsageError(f"--levels must be multiples of the first, {levels[0]}, for nested grids")
     for name in ("restarts", "steps"):
@@ -123,6 +133,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _variants(args: argparse.Namespace) -> list[tuple[float | None, str]]:
     """The learning problems that were asked for; the other studies take their options together."""
+    if args.study == "limit":
+        return [(p, "") for p in args.p or [4]]
     if args.study != "learning":
         return [(None, "input")]
     return [(p, first) for p in args.p or [None] for first in args.first or ["input"]]
@@ -144,6 +156,16 @@ def _study(args: argparse.Namespace, p: float | None, first: str, watch: studies
         return studies.dynamics_study(problem, levels, rules, steps=args.steps or 300, watch=watch, **seed)
     p = (4 if which == "a" else 2) if p is None else p
     build = problem_a if which == "a" else problem_b
+    if args.study == "limit":
+        return limit.limit_study(
+            lambda first: build(p=p, first=first),
+            f"{which}, p = {p:g}",
+            levels,
+            args.degrees or [6, 10, 14, 18, 22],
+            restarts=args.restarts or 4,
+            watch=watch,
+            **seed,
+        )
     problem = build(p=p, first=first)
     restarts = args.restarts or (4 if which == "a" else 12)
     name = f"{which}, p = {p:g}, x0 {problem.first}"

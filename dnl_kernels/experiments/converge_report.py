@@ -18,6 +18,7 @@ HEADERS = {
     "regularizer": "|R_L - R| (order)",
     "constants": "largest state error (order)",
     "learning": "difference to the next level (order)",
+    "limit": "difference to the limit (order)",
     "dynamics": "largest loss difference to the next level (order)",
 }
 AXES = {
@@ -25,6 +26,7 @@ AXES = {
     "regularizer": "$|R_L - R|$",
     "constants": "$\\max_l\\ |x^l - x(t_l)|$",
     "learning": "difference between $L$ and the next level",
+    "limit": "difference to the limit",
     "dynamics": "$\\sup\\ |\\mathrm{loss}_L - \\mathrm{loss}_{\\mathrm{next}}|$",
 }
 SCHEMES = {
@@ -124,6 +126,25 @@ def _learning(result: Result) -> list[Table]:
     return [Table(header, rows, result["problem"])]
 
 
+def _limit(result: Result) -> list[Table]:
+    rows = []
+    for row in result["continuous"]:
+        found = row.get("certificate")
+        keys = ("residual", "curvature", "decrement", "value_error", "distance_error")
+        certificate = [f"{found[key]:.1e}" for key in keys] if found else [""] * len(keys)
+        parts = (f"{row['data']:.4e}", f"{row['penalty']:.4e}", f"{row['gradient']:.0e}")
+        rows.append((str(row["degree"]), f"{row['value']:.13f}", *parts, *certificate))
+    found_by = ("degree N", "J_N", "data", "R part", "gradient")
+    certified = (
+        "residual in N + 4",
+        "smallest eigenvalue of J''",
+        "predicted fall",
+        "bound of it",
+        "of the H^1 distance",
+    )
+    return [Table((*found_by, *certified), rows, result["problem"])]
+
+
 def _dynamics(result: Result) -> list[Table]:
     rows = []
     for row in result["runs"]:
@@ -137,6 +158,7 @@ DETAILS = {
     "regularizer": _regularizer,
     "constants": _constants,
     "learning": _learning,
+    "limit": _limit,
     "dynamics": _dynamics,
 }
 
@@ -171,7 +193,8 @@ def draw(results: Sequence[Result], path: pathlib.Path) -> None:
     }
     name = results[0]["study"]
     with plt.rc_context(style):
-        panels = {"forward": _schemes, "dynamics": _descents, "constants": _bounds}.get(name, _groups)(results)
+        painters = {"forward": _schemes, "dynamics": _descents, "constants": _bounds, "limit": _limits}
+        panels = painters.get(name, _groups)(results)
         columns = 2 if len(panels) == 4 else len(panels)
         rows = -(-len(panels) // columns)
         size = (1.2 + 4.4 * columns, 0.3 + 3.9 * rows)
@@ -213,6 +236,19 @@ def _groups(results: Sequence[Result]) -> list[Panel]:
         title = f"problem {result['problem']}" if "problem" in result else "discrete regularizer to continuous"
         label = AXES[name] if index in (0, 2) or len(results) != 4 else ""
         panels.append((title.replace("x0", "$x^0$:"), partial(_loglog, group=group, label=label)))
+    return panels
+
+
+def _limits(results: Sequence[Result]) -> list[Panel]:
+    """Values and L2 distances to the limit; the right regularizer in blue, faults in red and dashed."""
+    panels: list[Panel] = []
+    for result in results:
+        for quantity, label in (("|J_L - J*|", "$|J_L - J^*|$"), ("L2 distance to theta*", "$L^2$ distance")):
+            group = [(t["name"].split(", ")[0], t) for t in result["tables"] if t["name"].endswith(quantity)]
+            group = [(name.replace("x0", "$x^0$:"), table) for name, table in group]
+            looks = [(COLOURS[i], "--" if name.startswith("fault") else "-") for i, (name, _) in enumerate(group)]
+            title = f"problem {result['problem']}"
+            panels.append((title, partial(_loglog, group=group, label=label, looks=looks)))
     return panels
 
 

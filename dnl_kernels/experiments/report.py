@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import metrics
+from . import against, metrics
 from .errors import UsageError, require
 from .run import Record
 from .screen import console
@@ -53,13 +53,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folders", nargs="+", metavar="DIR", help="--out of a dnl train; those of equal settings are merged"
     )
     parser.add_argument("--figure", default=None, metavar="FILE", help="default: loss.png in the first DIR")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        choices=list(against.UNITS),
+        help="one figure over time and operations instead, and what the other DIRs spend until the first DIR's loss",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     folders = [pathlib.Path(folder) for folder in args.folders]
     figure = pathlib.Path(args.figure) if args.figure else folders[0] / "loss.png"
-    publish(folders, figure, console())
+    if args.against:
+        publish_against(folders, args.against, figure, console())
+    else:
+        publish(folders, figure, console())
     return 0
+
+
+def publish_against(
+    folders: Sequence[pathlib.Path], quantities: Sequence[str], figure: pathlib.Path, screen: Any
+) -> None:
+    """Of each sweep and depth the loss over time and operations, and when it reaches that of the first."""
+    if len(set(quantities)) < len(quantities):
+        raise UsageError(f"--against is {' '.join(quantities)}; expected different quantities")
+    histories = {}
+    for name, runs in found(folders).items():
+        for depth in sorted({depth for depth, _, _ in runs}):
+            own = [[run[epoch] for epoch in sorted(run)] for key, run in sorted(runs.items()) if key[0] == depth]
+            histories[f"{name}, L = {depth}"] = own
+    for words in against.statements(histories, quantities):
+        screen.print(words, highlight=False, soft_wrap=True)
+    against.draw(histories, quantities, figure)
+    screen.print(f"figure: {figure}", highlight=False, soft_wrap=True)
 
 
 def publish(folders: Sequence[pathlib.Path], figure: pathlib.Path, screen: Any) -> None:
@@ -74,24 +100,36 @@ def publish(folders: Sequence[pathlib.Path], figure: pathlib.Path, screen: Any) 
 
 def collect(folders: Sequence[pathlib.Path]) -> dict[str, Group]:
     """The curves in the folders: variant -> depth -> Curve. Folders of the same settings are one variant."""
+    return {name: curves(runs) for name, runs in found(folders).items()}
+
+
+def found(folders: Sequence[pathlib.Path]) -> dict[str, Runs]:
+    """The records in the folders, by variant."""
     runs = [metrics.read(folder / metrics.NAME) for folder in folders]
     # A run is known by its depth, seed and repeat; one that is found twice counts once.
     records: dict[str, Runs] = defaultdict(lambda: defaultdict(dict))
-    for name, (header, found) in zip(names([header for header, _ in runs]), runs, strict=True):
-        for record in found:
+    for name, (header, own) in zip(names([header for header, _ in runs]), runs, strict=True):
+        for record in own:
             records[name][record["depth"], header["seed"], record["repeat"]][record["epoch"]] = record
-    groups = {name: curves(found) for name, found in records.items()}
-    if not groups:
+    if not records:
         raise UsageError(f"no epoch is finished in {', '.join(map(str, folders))}")
-    return groups
+    return records
 
 
 def names(headers: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for each sweep: its data set, and the settings in which the sweeps differ."""
     sweeps = ("depths", "repeats", "epochs", "data", "seed", "device", "threads")  # these do not make a variant
     configs = [{k: v for k, v in header["config"].items() if k not in sweeps} for header in headers]
-    differ = [k for k in configs[0] if k != "dataset" and any(c.get(k) != configs[0][k] for c in configs)]
-    return [", ".join([c["dataset"], *(f"{k} {c.get(k)}" for k in differ)]) for c in configs]
+    differ = [
+        k
+        for k in dict.fromkeys(itertools.chain(*configs))
+        if k != "dataset" and any(c.get(k) != configs[0].get(k) for c in configs)
+    ]
+    return [", ".join([c["dataset"], *(f"{k} {_said(c.get(k))}" for k in differ)]) for c in configs]
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def curves(runs: Runs) -> Group:
@@ -105,7 +143,7 @@ def curves(runs: Runs) -> Group:
             statistics.median(record[name] for record in itertools.chain(*histories))
             for name in ("images_per_second", "share_of_matmul_rate")
         ]
-        group[depth] = Curve(depth, histories[0][0]["parameters"], losses, *speed)
+        group[depth] = Curve(depth, histories[0][-1]["parameters"], losses, *speed)
     return group
 
 

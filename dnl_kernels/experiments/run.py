@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from ..theory.cascade import refine
 from . import checkpoint, model
 from .config import Config
 from .data import Images
-from .errors import Stopped
+from .errors import Stopped, UsageError
 from .ranks import Ranks
 
 POLL = 0.2  # seconds between two looks at the loss, which on a GPU wait for it
@@ -97,37 +98,55 @@ class Run:
             Stopped: the loss is no longer finite, or a checkpoint cannot be written.
         """
         config, ranks = self.config, self.ranks
-        floor = model.flops(config, self.depth, self.data) / (matmul_rate(ranks.device, config.precision) * ranks.size)
+        if config.cascade is not None and ranks.size > 1:
+            raise UsageError(f"--cascade trains in one process; it was started with {ranks.size} ranks")
+        yardstick = matmul_rate(ranks.device, config.precision) * ranks.size
         torch.manual_seed(derive(config.seed, self.depth, self.repeat))
-        network = model.build(config, self.depth, self.data).to(ranks.device)
-        fixed = {"depth": self.depth, "repeat": self.repeat, "parameters": sum(p.numel() for p in network.parameters())}
-        if config.channels_last:
-            network = network.to(memory_format=torch.channels_last)
+        found = ranks.from_main(restore(config, self.folder, self.watch) if ranks.main else None)
+        history: list[Record] = [] if found is None else found.facts["history"]
+        layers = config.layers(self.depth, max(1, len(history)))
+        network = self._placed(model.build(config, layers, self.data))
+        size = self._size(layers, network)
         parallel = ranks.wrap(network, config.parallel)
         optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=config.momentum)
-        found = ranks.from_main(restore(config, self.folder, self.watch) if ranks.main else None)
-        history: list[Record] = []
         if found is not None:
             state = tensors(parallel, optimizer)
             checkpoint.load(found.path, state, ranks)
             set_state_dict(parallel, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-            history = found.facts["history"]
         call: Any = torch.compile(parallel) if config.compile else parallel
 
         for epoch in range(len(history) + 1, config.epochs + 1):
             self.watch.begin(self.depth, self.repeat, epoch)
             started = time.perf_counter()
+            while layers < config.layers(self.depth, epoch):
+                torch.manual_seed(derive(config.seed, self.depth, self.repeat, "refined", layers))
+                network, optimizer = refine(network, optimizer)
+                parallel = call = network = self._placed(network)
+                layers *= 2
+                size = self._size(layers, network)
             losses = self.epoch(epoch, network, call, optimizer)
             seconds = time.perf_counter() - started
             rate = len(self.data.labels) / seconds
             ranks.average_statistics(network)
             tests = evaluate(parallel, self.test, ranks) if self.test else {}
-            speed = {"seconds": seconds, "images_per_second": rate, "share_of_matmul_rate": rate * floor}
-            history.append(fixed | {"epoch": epoch} | losses | tests | speed)
+            share = rate * size["flops"] / len(self.data.labels) / yardstick
+            speed = {"seconds": seconds, "images_per_second": rate, "share_of_matmul_rate": share}
+            place = {"depth": self.depth, "repeat": self.repeat, "epoch": epoch}
+            history.append(place | size | losses | tests | speed)
             facts = {"history": history, "config": config.fixed()}
             checkpoint.save(self.folder, epoch, tensors(parallel, optimizer), facts, ranks)
             self.watch.epoch(history[-1])
         return history
+
+    def _size(self, layers: int, network: nn.Module) -> Record:
+        """Of the network that trains in an epoch: its layers, its parameters and the operations of the epoch."""
+        parameters = sum(p.numel() for p in network.parameters())
+        flops = model.flops(self.config, layers, self.data) * len(self.data.labels)
+        return {"layers": layers, "parameters": parameters, "flops": flops}
+
+    def _placed(self, network: nn.Module) -> nn.Module:
+        network = network.to(self.ranks.device)
+        return network.to(memory_format=torch.channels_last) if self.config.channels_last else network
 
     def epoch(self, epoch: int, network: nn.Module, call: Any, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """One pass of SGD over `network`, which `call` runs. Returns the mean, over the images, of the loss that each

@@ -135,6 +135,7 @@ class DNLNet(nn.Module):
             fail(OP, "compression", compression, "a number in (0, 1]")
         if block_options.get("affine") == "linear":
             fail(OP, "affine", "'linear'", "'conv3x3' or 'conv1x1': the network is for images")
+        self.compression = compression
         channels = 2 * growth_rate if stem_channels is None else stem_channels
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=norm is None)
         blocks, transitions = [], []

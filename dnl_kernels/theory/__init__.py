@@ -6,7 +6,7 @@ available text does not contain.
 """
 
 from .adjoint import AdjointResult, adjoint
-from .blocks import as_block, coarsen, refine
+from .blocks import as_block
 from .bounds import (
     convergence_constant,
     growth_constant,
@@ -15,8 +15,9 @@ from .bounds import (
     state_bound,
     trajectory_bound,
 )
+from .cascade import coarsen, refine
 from .curves import BasisCurve, CosineBasis, ParameterCurves, SampledCurve
-from .depth import CallableKernel, DepthKernel, SampledKernel
+from .depth import CallableKernel, DepthKernel, SampledKernel, WeaklySingularKernel
 from .extension import (
     PiecewiseBilinear,
     PiecewiseConstant,
@@ -31,6 +32,7 @@ from .extension import (
     prolong,
     restrict,
 )
+from .galerkin import Certificate, ContinuousMinimizer, certify, minimize_continuous
 from .integral import Solution, solve_integral_equation
 from .learning import GammaFunctional, LearningProblem, Minimizer, problem_a, problem_b
 from .operators import (
@@ -43,6 +45,7 @@ from .operators import (
 )
 from .orders import OrderTable, fitted_order, observed_order, richardson
 from .parameters import DiscreteParameters, flip, pack, unpack
+from .regularity import DepthRegularity, depth_regularity
 from .regularization import (
     regularizer,
     regularizer_continuous,
@@ -50,6 +53,7 @@ from .regularization import (
     regularizer_terms,
 )
 from .sampling import sample_cell_average, sample_pointwise
+from .solve import IntegralProblem, solve
 from .solvers import Trajectory, forward
 from .spectral import SobolevPreconditioner, dct_matrix, sobolev_gradient
 from .structured import ExponentialSumKernel, SeparableKernel, ToeplitzKernel
@@ -58,13 +62,17 @@ __all__ = [
     "AdjointResult",
     "BasisCurve",
     "CallableKernel",
+    "Certificate",
+    "ContinuousMinimizer",
     "CosineBasis",
     "DepthKernel",
+    "DepthRegularity",
     "DiscreteParameters",
     "EmbeddedGaussianKernel",
     "ExponentialSumKernel",
     "GammaFunctional",
     "GaussianKernel",
+    "IntegralProblem",
     "LayerMap",
     "LearningProblem",
     "LocalKernel",
@@ -84,11 +92,14 @@ __all__ = [
     "Solution",
     "ToeplitzKernel",
     "Trajectory",
+    "WeaklySingularKernel",
     "adjoint",
     "as_block",
+    "certify",
     "coarsen",
     "convergence_constant",
     "dct_matrix",
+    "depth_regularity",
     "distance",
     "extend",
     "extended_curves",
@@ -97,6 +108,7 @@ __all__ = [
     "forward",
     "growth_constant",
     "lipschitz_constant",
+    "minimize_continuous",
     "observed_order",
     "pack",
     "parameter_lipschitz_constant",
@@ -116,6 +128,7 @@ __all__ = [
     "sample_cell_average",
     "sample_pointwise",
     "sobolev_gradient",
+    "solve",
     "solve_integral_equation",
     "state_bound",
     "trajectory_bound",

@@ -132,7 +132,8 @@ class ParameterCurves:
         with torch.no_grad():
             check_finite("A", check_shape("A(t)", self.A(t), (5, d, d)))
             check_finite("a", check_shape("a(t)", self.a(t), (5, d)))
-            check_finite("K", check_shape("K(t, s)", self.K.evaluate(t, t / 2), (5, d, d)))
+            smooth = getattr(self.K, "smooth", self.K)  # a weakly singular kernel has no value at (0, 0)
+            check_finite("K", check_shape("K(t, s)", smooth.evaluate(t, t / 2), (5, d, d)))
             if self.b is not None:
                 check_finite("b", check_shape("b(t, s)", self.b.evaluate(t, t / 2), (5, d)))
             if self.vartheta is not None:

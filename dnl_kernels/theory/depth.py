@@ -80,6 +80,33 @@ class CallableKernel(DepthKernel):
         return self.function(t, s)
 
 
+class WeaklySingularKernel(DepthKernel):
+    """K(t, s) = (t - s)^(-alpha) H(t, s), 0 <= alpha < 1: Abel's kernels, fractional orders.
+
+    For `solve_integral_equation`, which integrates the singular factor exactly. It has no value at s = t, so the sums
+    of eq. (1) do not exist for it, and `forward` refuses it.
+
+    Args:
+        function: H, (t, s) -> [..., *value_shape], smooth.
+        alpha: the exponent.
+        value_shape: [d, d] for K.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], alpha: float, value_shape: tuple[int, ...]):
+        if not 0 <= alpha < 1:
+            raise ValueError(f"alpha must lie in [0, 1), got {alpha}")
+        self.smooth = CallableKernel(function, value_shape)
+        self.alpha, self.value_shape = float(alpha), self.smooth.value_shape
+
+    def evaluate(self, t: Tensor, s: Tensor) -> Tensor:
+        t, s = torch.broadcast_tensors(t, s)
+        factor = (t - s) ** -self.alpha
+        return factor.reshape(*t.shape, *[1] * len(self.value_shape)) * self.smooth.evaluate(t, s)
+
+    def history(self, times: Tensor) -> History:
+        raise ValueError("the curve K is weakly singular: eq. (1) would need K(t, t); use solve_integral_equation")
+
+
 class SampledKernel(DepthKernel):
     """Bilinear interpolation of values on a grid of the triangle.
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ._checks import check_count, check_finite, check_tensor
 from .curves import ParameterCurves
-from .depth import BLOCK, DepthKernel
+from .depth import BLOCK, DepthKernel, WeaklySingularKernel
 from .grids import grid_times, working_dtype
-from .quadrature import gauss_legendre
+from .quadrature import gauss_jacobi, gauss_legendre
 from .solvers import LayerFunction, Trajectory, flatten_batch
 
 ORDER = 12  # Gauss points per panel: x is a polynomial of degree ORDER - 1 there, order 2 ORDER at the panels' ends
@@ -70,8 +70,9 @@ def solve_integral_equation(
 
     Returns:
         A Solution, differentiable in x and in the curves' parameters; `info` holds "error" (the estimate, relative to
-        the largest |x(t)|, for all t), "converged", "panels" and "points". ReLU's kinks are isolated by halving, which
-        takes many panels: if more than max_points are needed, "converged" is False, with a warning.
+        the largest |x(t)|, for all t), "panel_errors" (the same by panel), "converged", "panels" and "points". ReLU's
+        kinks are isolated by halving, which takes many panels: if more than max_points are needed, "converged" is
+        False, with a warning. With a WeaklySingularKernel the panels shrink towards 0 from the start.
 
     Source: DNL (7) (reconstructed); collocation for Volterra equations: Brunner (2004).
     """
@@ -84,20 +85,22 @@ def solve_integral_equation(
     if x.ndim < 1 or x.shape[-1] != curves.dim:
         raise ValueError(f"x must have shape [..., {curves.dim}], got {list(x.shape)}")
     problem = _Problem(curves, flatten_batch(x, curves.dim).to(working_dtype(x.dtype)), phi)
-    found = problem.march(_known_edges(curves, panels, max_points))
+    found = problem.march(_known_edges(curves, panels, max_points, rtol + atol))
     floor = 8 * torch.finfo(problem.x.dtype).eps
-    error = math.inf
+    error, errors = math.inf, [math.inf]
     while True:
         scale = _scale(found)
         goal = max(atol + rtol * scale, floor * scale)
-        rough = [panel for panel in found if panel.width > 1e-13 and (panel.tail > goal or not panel.settled)]
+        splits = [panel for panel in found if panel.width > 1e-13 * panel.right]
+        rough = [panel for panel in splits if panel.tail > goal or not panel.settled]
         if rough and (len(found) + len(rough)) * 2 * ORDER <= max_points:
             found = problem.march(_halve(found, rough), found)
             continue
         if len(found) * 2 * ORDER > max_points:
             break
         fine = problem.march(_halve(found, found))
-        error = _difference(found, fine)
+        errors = _differences(found, fine)
+        error = max(errors)
         found = fine
         if error <= atol + rtol * scale and all(panel.settled for panel in fine):
             break
@@ -112,7 +115,14 @@ def solve_integral_equation(
             f"{len(found) * ORDER} of at most {max_points} points",
             stacklevel=2,
         )
-    info = {"error": relative, "converged": converged, "panels": len(found), "points": len(found) * ORDER}
+    local = [e / scale if scale else e for e in errors]
+    info = {
+        "error": relative,
+        "panel_errors": local,
+        "converged": converged,
+        "panels": len(found),
+        "points": len(found) * ORDER,
+    }
     edges, coefficients = _edges(found), torch.stack([panel.coefficients for panel in found])
     coefficients = coefficients.reshape(*coefficients.shape[:2], *x.shape)
     times = grid_times(layers, dtype=x.dtype, device=x.device)
@@ -143,15 +153,22 @@ class _Panel:
 class _Problem:
     """The equation on one panel after another."""
 
-    def __init__(self, curves: ParameterCurves, x: Tensor, phi: LayerFunction):
-        self.curves, self.x, self.phi = curves, x, phi
-        self.nodes, self.weights = gauss_legendre(ORDER, dtype=x.dtype, device=x.device)
-        degrees = torch.arange(ORDER, dtype=x.dtype, device=x.device)
-        self.analysis = (2 * degrees + 1)[:, None] * (_legendre(self.nodes) * self.weights[:, None]).T
-        # For the integral from the panel's start to node i: a Gauss rule there, and x interpolated to its points.
-        inner = self.nodes[:, None] * self.nodes  # [i, q]
-        self.inner = inner
-        self.interpolation = _legendre(inner.reshape(-1)).reshape(ORDER, ORDER, ORDER) @ self.analysis  # [i, q, k]
+    def __init__(self, curves: ParameterCurves, x: Tensor, phi: LayerFunction, order: int = ORDER):
+        self.curves, self.x, self.phi, self.order = curves, x, phi, order
+        self.alpha = curves.K.alpha if isinstance(curves.K, WeaklySingularKernel) else 0.0
+        self.nodes, self.weights = gauss_legendre(order, dtype=x.dtype, device=x.device)
+        degrees = torch.arange(order, dtype=x.dtype, device=x.device)
+        self.analysis = (2 * degrees + 1)[:, None] * (_legendre(self.nodes, order) * self.weights[:, None]).T
+        # For the integral from the panel's start to node i: a Gauss rule there, for the weight (1 - v)^-alpha where K
+        # is singular, and x interpolated to its points.
+        v, self.inner_weights = gauss_jacobi(order, self.alpha, dtype=x.dtype, device=x.device)
+        self.inner = self.nodes[:, None] * v  # [i, q]
+        self.interpolation = self._interpolation(self.inner)  # [i, q, k]
+        self.bias_inner = self.nodes[:, None] * self.nodes
+
+    def _interpolation(self, u: Tensor) -> Tensor:
+        """From the values at a panel's nodes to those at u in [0, 1]: [*u.shape, order]."""
+        return (_legendre(u.reshape(-1), self.order) @ self.analysis).reshape(*u.shape, self.order)
 
     def march(self, edges: list[float], known: list[_Panel] | None = None) -> list[_Panel]:
         """Solve panel by panel; the first panels of `known` are kept as long as they are the same."""
@@ -170,23 +187,62 @@ class _Problem:
         t = left + width * self.nodes
         base = torch.einsum("iab,nb->ina", self._curve("A", t), self.x) + self._curve("a", t)[:, None]
         if past:
-            s = torch.cat([panel.left + panel.width * self.nodes for panel in past])
-            w = torch.cat([panel.width * self.weights for panel in past])
-            states = torch.cat([panel.values for panel in past])
-            base = base + self._integral("K", t, s, w, states)
-            base = base + self._integral("b", t, s, w, None)
+            base = base + self.history(t, past)
         inside = left + width * self.inner  # [i, q]
-        rule = width * self.nodes[:, None] * self.weights  # [i, q]
-        points = t[:, None].expand(ORDER, ORDER)
-        kernel = self._kernel(self.curves.K, "K", points, inside)
+        reach = width * self.nodes[:, None]
+        points = t[:, None].expand_as(inside)
+        kernel = self._kernel(self.smooth, "K", points, inside)
+        rule = reach ** (1 - self.alpha) * self.inner_weights  # [i, q]
         mixed = torch.einsum("iq,iqk,iqab->ikab", rule, self.interpolation, kernel)
         if self.curves.b is not None:
-            bias = self._kernel(self.curves.b, "b", points, inside)
-            base = base + torch.einsum("iq,iqa->ia", rule, bias)[:, None]
+            inside = left + width * self.bias_inner
+            bias = self._kernel(self.curves.b, "b", t[:, None].expand_as(inside), inside)
+            base = base + torch.einsum("iq,iqa->ia", reach * self.weights, bias)[:, None]
         vartheta = None if self.curves.vartheta is None else self._curve("vartheta", t).unbind()
         values, settled = self._fixed_point(base, mixed, vartheta, past)
         coefficients = torch.einsum("ki,ina->kna", self.analysis, values)
         return _Panel(left, right, values, coefficients, settled)
+
+    @property
+    def smooth(self) -> DepthKernel:
+        """K without its singular factor."""
+        return self.curves.K.smooth if isinstance(self.curves.K, WeaklySingularKernel) else self.curves.K
+
+    def at(self, edge: float, past: list[_Panel]) -> Tensor:
+        """x at the end of the last panel, from the equation: [B, d]."""
+        t = self.x.new_tensor([edge])
+        y = torch.einsum("iab,nb->ina", self._curve("A", t), self.x) + self._curve("a", t)[:, None]
+        if past:
+            y = y + self.history(t, past)
+        return self.layer(y, None if self.curves.vartheta is None else self._curve("vartheta", t).unbind())[0]
+
+    def history(self, t: Tensor, past: list[_Panel]) -> Tensor | float:
+        """int over the earlier panels of K(t, s) x(s) + b(t, s), for t [i] at or behind their end."""
+        s = torch.cat([panel.left + panel.width * self.nodes for panel in past])
+        w = torch.cat([panel.width * self.weights for panel in past])
+        bias = self._integral("b", t, s, w, None)
+        if not self.alpha:
+            return bias + self._integral("K", t, s, w, torch.cat([panel.values for panel in past]))
+        rules = [self._near(panel, (t.min().item() - panel.right) / panel.width) for panel in past]
+        s, w, states = (torch.cat(parts) for parts in zip(*rules, strict=True))
+        return bias + self._integral("K", t, s, w, states)
+
+    def _near(self, panel: _Panel, distance: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Points, weights and states on a panel whose end is that near to t, in panel widths.
+
+        (t - s)^-alpha is analytic on the panel, but only Gauss rules on pieces that shrink towards t, down to the
+        distance, are as accurate for it as one is for a distant t.
+        """
+        if distance >= 1:
+            return panel.left + panel.width * self.nodes, panel.width * self.weights, panel.values
+        pieces = min(60, math.ceil(-math.log2(max(distance, 1e-18))) + 1)
+        gaps = 0.5 ** torch.arange(pieces + 1, dtype=self.nodes.dtype, device=self.nodes.device)
+        gaps = torch.cat([gaps, gaps.new_zeros(1)])  # distances of the pieces' ends from the panel's
+        sizes = gaps[:-1] - gaps[1:]
+        gap = (gaps[:-1, None] - sizes[:, None] * self.nodes).reshape(-1)
+        weights = (panel.width * sizes[:, None] * self.weights).reshape(-1)
+        states = torch.einsum("qk,knb->qnb", self._interpolation(1 - gap), panel.values)
+        return panel.right - panel.width * gap, weights, states
 
     def _fixed_point(
         self, base: Tensor, mixed: Tensor, vartheta: tuple[Tensor, ...] | None, past: list[_Panel]
@@ -194,7 +250,8 @@ class _Problem:
         values = past[-1].values[-1:].expand_as(base) if past else self.layer(base, vartheta)
         slack = 2 * torch.finfo(base.dtype).eps
         previous = math.inf
-        for _ in range(ITERATIONS):
+        # With the weight (t - s)^-alpha its k-th power is about 1 / Gamma(k (1 - alpha)).
+        for _ in range(round(ITERATIONS / (1 - self.alpha) ** 2)):
             new = self.layer(base + torch.einsum("ikab,knb->ina", mixed, values), vartheta)
             change, size = _size(new - values), _size(new)
             values = new
@@ -223,7 +280,7 @@ class _Problem:
 
     def _integral(self, name: str, t: Tensor, s: Tensor, w: Tensor, states: Tensor | None) -> Tensor | float:
         """sum_j w_j K(t_i, s_j) x_j, or without states sum_j w_j b(t_i, s_j) with a batch axis."""
-        kernel = getattr(self.curves, name)
+        kernel: DepthKernel | None = getattr(self.curves, name)
         if kernel is None:
             return 0.0
         chunk = max(1, BLOCK // (t.numel() * math.prod(kernel.value_shape)))
@@ -238,11 +295,33 @@ class _Problem:
         return total
 
 
-def _legendre(u: Tensor) -> Tensor:
-    """P_0 .. P_{ORDER - 1} of 2 u - 1 for u [m] in [0, 1]: [m, ORDER]."""
+def collocate(curves: ParameterCurves, x: Tensor, phi: LayerFunction, layers: int) -> list[Tensor]:
+    """The states at l / L by collocation at two Gauss points per layer: of order 4 at the grid points.
+
+    At the points inside x is a straight line per layer (order 2); at a grid point it is what the equation says.
+    """
+    problem = _Problem(curves, x, phi, order=2)
+    edges = torch.arange(layers + 1, dtype=torch.float64).div(layers).tolist()
+    panels: list[_Panel] = []
+    states = []
+    for index, edge in enumerate(edges):
+        if index:
+            panel = problem.solve(edges[index - 1], edge, panels)
+            if not panel.settled:
+                raise RuntimeError(
+                    f"the values of layer {index - 1} did not converge in {ITERATIONS} iterations: "
+                    "tau * Lip(phi) * ||K|| is too large, use more layers"
+                )
+            panels.append(panel)
+        states.append(problem.at(edge, panels))
+    return states
+
+
+def _legendre(u: Tensor, order: int) -> Tensor:
+    """P_0 .. P_{order - 1} of 2 u - 1 for u [m] in [0, 1]: [m, order]."""
     z = 2 * u - 1
-    columns = [torch.ones_like(z), z]
-    for k in range(1, ORDER - 1):
+    columns = [torch.ones_like(z), z][:order]
+    for k in range(1, order - 1):
         columns.append(((2 * k + 1) * z * columns[k] - k * columns[k - 1]) / (k + 1))
     return torch.stack(columns, -1)
 
@@ -252,9 +331,10 @@ def _evaluate(edges: Tensor, coefficients: Tensor, t: Tensor) -> Tensor:
     wide = t.double()
     panel = (torch.searchsorted(edges, wide.detach().contiguous(), right=True) - 1).clamp(0, edges.numel() - 2)
     local = ((wide - edges[panel]) / (edges[panel + 1] - edges[panel])).to(coefficients.dtype)
-    basis = _legendre(local.reshape(-1))
+    order = coefficients.shape[1]
+    basis = _legendre(local.reshape(-1), order)
     trailing = coefficients.shape[2:]
-    flat = coefficients[panel.reshape(-1)].reshape(t.numel(), ORDER, math.prod(trailing))
+    flat = coefficients[panel.reshape(-1)].reshape(t.numel(), order, math.prod(trailing))
     return torch.einsum("mk,mkz->mz", basis, flat).reshape(*t.shape, *trailing)
 
 
@@ -283,8 +363,8 @@ def _scale(panels: list[_Panel]) -> float:
     return max(_size(panel.values) for panel in panels)
 
 
-def _difference(coarse: list[_Panel], fine: list[_Panel]) -> float:
-    """max |x_coarse - x_fine| at the fine panels' Gauss points, their middles and both sides of their ends."""
+def _differences(coarse: list[_Panel], fine: list[_Panel]) -> list[float]:
+    """max |x_coarse - x_fine| on each fine panel: at its Gauss points, between them and at both ends."""
     edges = _edges(fine)
     width = edges[1:] - edges[:-1]
     inside = torch.cat([gauss_legendre(ORDER)[0], torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)])
@@ -294,12 +374,21 @@ def _difference(coarse: list[_Panel], fine: list[_Panel]) -> float:
             _evaluate(_edges(panels), torch.stack([panel.coefficients for panel in panels]), t)
             for panels in (coarse, fine)
         ]
-        return _size(pair[0] - pair[1])
+        sizes = torch.linalg.vector_norm(pair[0] - pair[1], dim=-1).reshape(len(fine), -1)
+    return sizes.max(1).values.tolist() if sizes.numel() else [0.0] * len(fine)
 
 
-def _known_edges(curves: ParameterCurves, panels: int, max_points: int) -> list[float]:
-    """The panels to begin with: their ends include the nodes of curves given by samples, if those are few enough."""
+def _known_edges(curves: ParameterCurves, panels: int, max_points: int, goal: float) -> list[float]:
+    """The panels to begin with: their ends include the nodes of curves given by samples, if those are few enough.
+
+    Where K is singular, x is a function of t^(1 - alpha): the panels shrink towards 0 by factors of 4 until that is
+    below the goal.
+    """
     found = {index / panels for index in range(panels + 1)}
+    if isinstance(curves.K, WeaklySingularKernel) and curves.K.alpha > 0:
+        levels = math.ceil(math.log(max(goal, 1e-16)) / ((1 - curves.K.alpha) * math.log(0.25)))
+        levels = min(levels, max_points // (4 * ORDER))
+        found.update(0.25**level / panels for level in range(levels))
     for name in ("A", "a", "K", "b", "vartheta"):
         curve = getattr(curves, name)
         curve = getattr(curve, "function", curve)
@@ -309,7 +398,8 @@ def _known_edges(curves: ParameterCurves, panels: int, max_points: int) -> list[
             found.update(index / curve.layers for index in range(curve.layers + 1))
     edges = sorted(found)
     # Nodes that differ by rounding only are one node.
-    kept = [edges[0], *(right for left, right in zip(edges[:-1], edges[1:], strict=True) if right - left > 1e-12)]
+    pairs = zip(edges[:-1], edges[1:], strict=True)
+    kept = [edges[0], *(right for left, right in pairs if right - left > 1e-12 * right)]
     if 2 * ORDER * (len(kept) - 1) > max_points:
         return [index / panels for index in range(panels + 1)]
     return kept

@@ -22,6 +22,26 @@ def gauss_legendre(order: int, *, dtype: torch.dtype = torch.float64, device=Non
     return ((nodes + 1) / 2).to(device, dtype), (vectors[0] ** 2).to(device, dtype)
 
 
+def gauss_jacobi(order: int, alpha: float, *, dtype: torch.dtype = torch.float64, device=None) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of int_0^1 f(v) (1 - v)^(-alpha) dv, 0 <= alpha < 1, exact for degree 2 order - 1.
+
+    Golub-Welsch with the recurrence of the Jacobi polynomials P^(-alpha, 0).
+    """
+    check_count("order", order)
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must lie in [0, 1), got {alpha}")
+    if alpha == 0:
+        return gauss_legendre(order, dtype=dtype, device=device)
+    n = torch.arange(order, dtype=torch.float64)
+    total = 2 * n - alpha
+    diagonal = -(alpha**2) / (total * (total + 2))
+    k, total = n[1:], total[1:]
+    off = 4 * k * (k - alpha) * k * (k - alpha) / (total**2 * (total + 1) * (total - 1))
+    jacobi = torch.diag(diagonal) + torch.diag(off.sqrt(), 1) + torch.diag(off.sqrt(), -1)
+    nodes, vectors = torch.linalg.eigh(jacobi)
+    return ((nodes + 1) / 2).to(device, dtype), (vectors[0] ** 2 / (1 - alpha)).to(device, dtype)
+
+
 def composite_rule(panels: int, order: int, *, dtype=torch.float64, device=None) -> tuple[Tensor, Tensor]:
     """Nodes [panels * order] and weights of the composite Gauss rule on [0, 1]."""
     check_count("panels", panels)

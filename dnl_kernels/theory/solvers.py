@@ -16,7 +16,7 @@ from .depth import History
 from .grids import grid_times, locate, working_dtype
 from .parameters import DiscreteParameters
 
-SCHEMES = ("euler", "trapezoid", "trapezoid_implicit")
+SCHEMES = ("euler", "trapezoid", "trapezoid_implicit", "collocation")
 CHUNK = 256  # grid points at which A(t) and K(t, t) are evaluated together
 LayerFunction = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -189,13 +189,16 @@ def forward(
     ("trapezoid", explicit: an error tau/2 O(tau) that does not accumulate) or x_{l+1} ("trapezoid_implicit", fixed
     point). Second order needs the shift to t_{l+1}, the end weights and the lifted start together.
 
+    collocation (order 4 at the grid points): on each layer x is the straight line through its values at two Gauss
+    points, at which the equation holds; x(t_l) is what the equation then says. O(L^2) for every kernel.
+
     Args:
         parameters: Theta, or curves with `layers`; structured depth kernels keep their O(L) or O(L log^2 L) cost.
         x: inputs [..., d], of any batch, an empty one too; their dtype and device are those of the computation, except
             that half precision is computed in float32 and rounded once.
         phi: the layer map (y [B, d], vartheta [v] or None) -> [B, d], e.g. `LayerMap`.
         layers: L >= 1, for curves only.
-        scheme: "euler", "trapezoid" or "trapezoid_implicit"; the last two need curves.
+        scheme: "euler", "trapezoid", "trapezoid_implicit" or "collocation"; all but the first need curves.
         first: "input" x^0 = x (the default of "euler"); "lifted" x^0 = phi(A(0) x + a(0), vartheta(0)) = x(0) (the
             default of the others).
         tolerance, max_iterations: of the implicit fixed point, relative; the default is a few roundings.
@@ -228,7 +231,13 @@ def forward(
             raise ValueError("layers must be given with curves")
         source = _CurveSource(parameters, check_count("layers", layers), flat)
     start = phi(source.forcing(0), source.parameters_at(0)) if first == "lifted" else flat
-    if isinstance(source, _ParameterSource) or scheme == "euler":
+    if scheme == "collocation":
+        from .integral import collocate
+
+        if first == "input":
+            raise ValueError("first must be 'lifted' with scheme 'collocation', whose states solve the equation")
+        states, guard = collocate(parameters, flat, phi, layers), _nothing_seen(flat)  # type: ignore[arg-type]
+    elif isinstance(source, _ParameterSource) or scheme == "euler":
         states, guard = _euler(source, start, phi)
     else:
         tolerance = 4 * torch.finfo(work).eps if tolerance is None else tolerance
