@@ -55,9 +55,9 @@ void product_tile(const Product<T>& p, int64_t row, int64_t vector, Stream ahead
   T* c = p.c + vector * kLanes<T>;
 #pragma GCC unroll 4
   for (int j = 0; j < N; j++) {
-    const Vec<T> first = p.bias ? load(p.bias + (vector + j) * kLanes<T>) : Vec<T>{};
+    const Vec<T> first = p.bias && !p.accumulate ? load(p.bias + (vector + j) * kLanes<T>) : Vec<T>{};
 #pragma GCC unroll 14
-    for (int m = 0; m < M; m++) sum[m][j] = p.accumulate ? load(c + rows[m] + j * kLanes<T>) : first;
+    for (int m = 0; m < M; m++) sum[m][j] = first;
   }
   const T* from = p.a + row * MS;
   int64_t at = 0;
@@ -79,6 +79,11 @@ void product_tile(const Product<T>& p, int64_t row, int64_t vector, Stream ahead
       }
     }
   }
+  if (p.accumulate)  // at the end: a long sum is one of partial sums
+#pragma GCC unroll 14
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) sum[m][j] += load(c + rows[m] + j * kLanes<T>);
   const Vec<T> floor = broadcast(p.floor);
 #pragma GCC unroll 14
   for (int m = 0; m < M; m++)
