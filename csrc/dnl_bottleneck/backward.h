@@ -235,12 +235,10 @@ class TrainingBackward {
       std::fill(work.bias, work.bias + b_.padded_wide, 0.0);
     }
     const int64_t first = share(chunk, pixel_chunks_, s_.pixels), last = share(chunk + 1, pixel_chunks_, s_.pixels);
-    const int64_t pieces = (last - first + kBackwardPanel - 1) / kBackwardPanel;
-    for (int64_t i = 0; i < pieces; i++) {
-      const int64_t pixel = first + share(i, pieces, last - first), n = first + share(i + 1, pieces, last - first) - pixel;
-      DNL_ISA_CALL(bottleneck_expand_backward<T>(maps_, layer_of(l), states_, pixel, n, begin, end, i > 0, work,
+    for (int64_t pixel = first; pixel < last; pixel += kBackwardPanel)
+      DNL_ISA_CALL(bottleneck_expand_backward<T>(maps_, layer_of(l), states_, pixel,
+                                                 std::min(kBackwardPanel, last - pixel), begin, end, pixel > first, work,
                                                  room_ + total_));
-    }
   }
 
   void finish_expand(int64_t l, int64_t block) {

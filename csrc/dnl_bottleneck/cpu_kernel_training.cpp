@@ -254,6 +254,19 @@ DNL_INLINE void load_dy(const BottleneckMaps& maps, const BottleneckBackward<T>&
   }
 }
 
+constexpr int kStreams = 16;
+
+// The lines of a panel's pixels, in channels from `plane` on.
+template <class T>
+DNL_INLINE int64_t lines_of(const T* plane, int64_t area, const Run* runs, int run_count, Stream* ahead) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  int64_t n = 0;
+  for (int r = 0; r < run_count; r++)
+    for (int64_t k = 0; k < runs[r].count && n < kStreams; k += kLine)
+      ahead[n++] = {reinterpret_cast<const char*>(plane + runs[r].from + k), area * int64_t(sizeof(T))};
+  return n;
+}
+
 // total += scale * g, g = gradient * act'(scale * x + shift), of a channel's pixels, and its sums.
 template <class T, ActivationKind A>
 DNL_INLINE void add_through(const T* gradient, const T* x, const Run* runs, int run_count, T scale, T shift, T mean,
@@ -310,6 +323,7 @@ void bottleneck_expand_backward(const BottleneckMaps& maps, const BottleneckBack
   for (int64_t i = 0; i < kBackwardDepth; i++) rows[i] = i * maps.wide;
   for (int64_t i = 0; i < n16; i++) lines[i] = i * kBackwardPanel;
   dispatch_activation(layer.activation.kind, [&]<ActivationKind A>() {
+    constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t c = begin * n16; c < last; c += kBackwardDepth) {
       const int64_t depth = last - c < kBackwardDepth ? last - c : kBackwardDepth;
       for (int64_t i = 0, n; i < depth; i += n) {
@@ -317,13 +331,20 @@ void bottleneck_expand_backward(const BottleneckMaps& maps, const BottleneckBack
         load_panel<T, A, kBackwardPanel>(states + layer.states[c + i] * area, area, n, layer.scale + c + i,
                                          layer.shift + c + i, runs, run_count, leak, work.panel + i * kBackwardPanel);
       }
+      Stream ahead[kStreams];
+      const int64_t streams = c + depth < last ? lines_of<T>(states + layer.states[c + depth] * area, area, runs,
+                                                             run_count, ahead) : 0;
       const Product<T> p{work.panel, 1, 0, count, work.dy, kBackwardPanel * n16, work.weight + c * maps.wide, rows,
-                         nullptr, accumulate, kNoFloor<T>};
+                         nullptr, accumulate, kNoFloor<T>, ahead, streams};
       product<T, 1, kBackwardPanel>(p, depth, 0, maps.wide / n16);
       for (int64_t b = c; b < c + depth; b += n16) {
         const int64_t n = last - b < n16 ? last - b : n16;
         const Product<T> q{layer.weight + b * maps.wide, 1, 0, maps.wide, work.turned, maps.wide * n16, work.products,
                            lines, nullptr, false, kNoFloor<T>};
+        for (int64_t i = 0; i < n; i++)  // needed after the product
+          for (int r = 0; r < run_count; r++)
+            for (int64_t k = 0; k < runs[r].count + kLine / 2; k += kLine)
+              __builtin_prefetch(total + layer.states[b + i] * area + runs[r].from + k, 1, 3);
         product<T, n16, 1>(q, n, 0, pixel_blocks);
         for (int64_t i = 0; i < n; i++) {
           const int64_t plane = layer.states[b + i] * area;
