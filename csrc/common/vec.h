@@ -112,19 +112,6 @@ DNL_INLINE Vec<T> load_partial(const T* p, int n, T fill = T(0)) {
 // Writes the first n lanes, 0 <= n <= lanes, and nothing behind them.
 template <class T>
 DNL_INLINE void store_partial(T* p, Vec<T> v, int n) {
-#if defined(__AVX512F__)
-  const unsigned mask = (1u << n) - 1;
-  if constexpr (sizeof(T) == 4)
-    _mm512_mask_storeu_ps(p, (__mmask16)mask, (__m512)v);
-  else
-    _mm512_mask_storeu_pd(p, (__mmask8)mask, (__m512d)v);
-#elif defined(__AVX2__)
-  const IntVec<T> mask = lane_numbers<T>() < typename IntOf<sizeof(T)>::type(n);
-  if constexpr (sizeof(T) == 4)
-    _mm256_maskstore_ps(p, (__m256i)mask, (__m256)v);
-  else
-    _mm256_maskstore_pd(p, (__m256i)mask, (__m256d)v);
-#else
   T lane[kLanes<T>];
   memcpy(lane, &v, sizeof v);
   if (n == kLanes<T>) return store(p, v);
@@ -135,7 +122,6 @@ DNL_INLINE void store_partial(T* p, Vec<T> v, int n) {
       memcpy(p + at, lane + at, half * sizeof(T));
       at += half;
     }
-#endif
 }
 template <class T>
 DNL_INLINE T sum_lanes(Vec<T> v) {

@@ -292,7 +292,7 @@ DNL_INLINE void add_through(const T* gradient, const T* x, const Run* runs, int 
       const Vec<T> state = load_partial(from + i, left);
       activate<T, A>(state * s + h, leak, value, slope);
       const Vec<T> through = first_lanes<T>(load(back + i) * slope, left);
-      store_partial(to + i, load_partial(to + i, left) + s * through, left);
+      store_masked<T>(to + i, load_partial(to + i, left) + s * through, left);
       sum += through;
       product += through * (state - m);
     }
@@ -407,7 +407,7 @@ void bottleneck_weight_gradient(const T* partial, int64_t chunks, int64_t chunk_
       }
       transpose<T>(square);
       const int left = int(end - c < lanes ? end - c : lanes);
-      for (int64_t i = 0; i < lanes && r + i < rows; i++) store_partial(to + (r + i) * columns + c, square[i], left);
+      for (int64_t i = 0; i < lanes && r + i < rows; i++) store_masked<T>(to + (r + i) * columns + c, square[i], left);
     }
 }
 

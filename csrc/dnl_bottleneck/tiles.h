@@ -5,6 +5,22 @@
 
 namespace dnl::DNL_ISA {
 
+// store_partial by a mask, where the level has one: it is in loops over memory here, at every image's end.
+template <class T>
+DNL_INLINE void store_masked(T* p, Vec<T> v, int n) {
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, (__mmask16)mask, (__m512)v);
+  else _mm512_mask_storeu_pd(p, (__mmask8)mask, (__m512d)v);
+#elif defined(__AVX2__)
+  const IntVec<T> mask = lane_numbers<T>() < typename IntOf<sizeof(T)>::type(n);
+  if constexpr (sizeof(T) == 4) _mm256_maskstore_ps(p, (__m256i)mask, (__m256)v);
+  else _mm256_maskstore_pd(p, (__m256i)mask, (__m256d)v);
+#else
+  store_partial(p, v, n);
+#endif
+}
+
 // Along one axis, for the points 0, 1, -1 and infinity (the last with its sign turned): B^T d, A^T m and A y.
 template <class V>
 DNL_INLINE void input_transform(V& a, V& b, V& c, V& d) {

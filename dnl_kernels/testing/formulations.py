@@ -11,7 +11,8 @@ Rounding belongs to the terms that are added, and a non-local operator can be wr
 
 And a block's 3x3 convolutions are sums over the taps, or products of polynomials in four rows at a time, evaluated at
 0, +-3/4, +-3/2 and infinity (csrc/dnl_block/params.h; Lavin and Gray 2016, "Fast algorithms for convolutional neural
-networks"), whose sums also have the terms that cancel.
+networks"), whose sums also have the terms that cancel; those of a bottleneck are such products along both axes, of
+2 x 2 pixels at 0, +-1 and infinity (csrc/dnl_bottleneck/params.h).
 
 `dnl_kernels.testing.budget` runs all of them, and a bound is the largest one.
 """
@@ -114,6 +115,29 @@ def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0)
     return scale * y if bias is None else scale * y + bias[:, None, None]
 
 
+TILE = [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]
+TILE_FILTERS = [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
+TILE_PRODUCTS = [[1, 1, 1, 0], [0, 1, -1, -1]]
+
+
+def _by_tiles(x: Tensor, weight: Tensor, *_: None) -> Tensor:
+    """W (*) x for 3x3 filters, 2 x 2 pixels at a time."""
+    height, width = x.shape[2:]
+    rows, columns = -(-height // 2), -(-width // 2)
+    tile, filters, products = (torch.tensor(m, dtype=x.dtype) for m in (TILE, TILE_FILTERS, TILE_PRODUCTS))
+    padded = F.pad(x, (1, 2 * columns - width + 1, 1, 2 * rows - height + 1))
+    parts = (tile @ (padded.unfold(2, 4, 2).unfold(3, 4, 2) @ tile.mT)).flatten(4)  # [B, C, rows, columns, 16]
+    of_filters = (filters @ (weight @ filters.mT)).flatten(2)
+    found = [F.conv2d(parts[..., k], of_filters[..., k, None, None]) for k in range(16)]
+    y = products @ (torch.stack(found, -1).unflatten(-1, (4, 4)) @ products.mT)  # [B, D, rows, columns, 2, 2]
+    return y.transpose(3, 4).flatten(4).flatten(2, 3)[:, :, :height, :width]
+
+
+def _of_bottleneck(x: Tensor, weight: Tensor, *others: object) -> bool:
+    """Whether the reference asks for a bottleneck's 3x3 convolution, which has neither a bias nor a factor."""
+    return x.numel() > 0 and weight.shape[2:] == (3, 3) and others == (None,)
+
+
 def _of_attention(config, second: bool) -> bool:
     """Whether there is such another way."""
     return not config.causal and not second if config.kernel == "dot" else config.normalize
@@ -149,6 +173,7 @@ def another_formulation(second: bool) -> Iterator[list[str]]:
     affine = chosen(
         block.affine, _by_rows, lambda *given: second and given[0].numel() > 0 and given[1].shape[2:] == (3, 3)
     )
+    affine = chosen(affine, _by_tiles, lambda *given: not second and _of_bottleneck(*given))
     places = [(plain, "nonlocal_attention", attention), (layer, "non_local", non_local)]
     places += [(block, "non_local", non_local), (block, "affine", affine)]
     before = [getattr(module, name) for module, name, _ in places]

@@ -1,9 +1,9 @@
-"""dnl_block with a bottleneck (DenseNet-BC) as one autograd node on the CPU. csrc/dnl_bottleneck computes images, a whole
-block in one call each way: nothing is concatenated or activated in memory, statistics are computed once per channel,
-and the gradient of a state is corrected for them once, when all of its consumers are known. Signals and volumes:
-bottleneck_volumes.py.
+"""dnl_block with a bottleneck (DenseNet-BC) as one autograd node on the CPU. csrc/dnl_bottleneck computes images, a
+whole block in one call each way: nothing is concatenated or activated in memory, statistics are computed once per
+channel, and the gradient of a state is corrected for them once, when all of its consumers are known. Signals and
+volumes: bottleneck_volumes.py.
 
-Kept for backward: the states, and what each layer's 1x1 convolution made (b * G channels, filled up to a multiple of 16).
+Kept for backward: the states, and what each layer's 1x1 convolution made (b * G channels, filled up to whole 16s).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""dnl_block with a bottleneck over signals [B, C, N] and volumes [B, C, D, H, W] on the CPU: what bottleneck.py does for
-images, layer by layer. The products belong to torch, the 1x1 convolution as a GEMM over all pixels; around them
+"""dnl_block with a bottleneck over signals [B, C, N] and volumes [B, C, D, H, W] on the CPU: what bottleneck.py does
+for images, layer by layer. The products belong to torch, the 1x1 convolution as a GEMM over all pixels; around them
 csrc/norm_activation reads and writes one states buffer."""
 
 from __future__ import annotations
