@@ -77,10 +77,11 @@ def _ordered(one: Way, plain_network: nn.Module, network: nn.Module) -> Way:
     return one._replace(leaves=[of[name(n)] for n, _ in network.named_parameters()])
 
 
-def test_densenet121(record):
+@pytest.mark.parametrize("batch, bar", [(4, 1.7), (16, 1.8)])
+def test_densenet121(record, batch, bar):
     import torchvision
 
-    batch, size = (2, 64) if SMOKE else (4, 224)
+    batch, size = (2, 64) if SMOKE else (batch, 224)
     model = torchvision.models.densenet121(num_classes=10).to(DEVICE)
     x = torch.randn(batch, 3, size, size, device=DEVICE)
     ours, lean = accelerate(copy.deepcopy(model)), torchvision.models.densenet121(
@@ -103,7 +104,34 @@ def test_densenet121(record):
         "timm memory_efficient": peer("timm", lambda: timm(memory_efficient=True)),
     }
     exact = loss_way(copy.deepcopy(model).double(), x.double())
-    record(Case("network", f"densenet121-B{batch}-{size}", ways, exact, bars={"torchvision": 1.0}), SECONDS)
+    record(Case("network", f"densenet121-B{batch}-{size}", ways, exact, bars={"torchvision": bar}), SECONDS)
+
+
+# Channels of the input, layers, growth rate, images, their side: the blocks of densenet121 and of DenseNet-BC-100.
+BOTTLENECKS = [
+    (64, 6, 32, 4, 56), (128, 12, 32, 4, 28), (256, 24, 32, 4, 14), (512, 16, 32, 4, 7),
+    (24, 16, 12, 64, 32), (108, 16, 12, 64, 16), (150, 16, 12, 64, 8), (24, 4, 12, 8, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("channels, layers, growth, batch, size", BOTTLENECKS)
+def test_bottleneck_block(record, channels, layers, growth, batch, size):
+    """A training step of torchvision's block: ours, eager, and eager on channels-last images."""
+    from torchvision.models.densenet import _DenseBlock
+
+    layers, batch = (2, 2) if SMOKE else (layers, batch)
+    plain_block = _DenseBlock(layers, channels, 4, growth, 0.0).to(DEVICE)
+    x = torch.randn(batch, channels, size, size, device=DEVICE)
+    ours, exact = accelerate(copy.deepcopy(plain_block)), copy.deepcopy(plain_block).double()
+    last = copy.deepcopy(plain_block).to(memory_format=torch.channels_last)
+    leaves = [t.detach().requires_grad_() for t in (x, x.to(memory_format=torch.channels_last), x.double())]
+    ways = {
+        "ours": of_module(ours, leaves[0]),
+        "eager": of_module(plain_block, leaves[0]),
+        "eager channels_last": of_module(last, leaves[1]),
+    }
+    name = f"bottleneck-L{layers}-G{growth}-{size}x{size}-B{batch}"
+    record(Case("network", name, ways, of_module(exact, leaves[2]), bars={"eager": 1.5}), SECONDS)
 
 
 def settled(model: nn.Module, size: int) -> nn.Module:
@@ -164,6 +192,15 @@ def test_densenet_bc_in_evaluation(record):
     x = torch.randn(batch, 3, size, size, device=DEVICE)
     case = evaluation_case(f"densenet-bc-100-eval-B{batch}-{size}", model, x, {"eager": 2.0, "compile": 1.5})
     record(case, SECONDS)
+
+
+def test_densenet_bc_in_training(record):
+    batch, size = (2, 16) if SMOKE else (64, 32)
+    model = densenet_bc().to(DEVICE)
+    x = torch.randn(batch, 3, size, size, device=DEVICE)
+    ways = {"ours": loss_way(accelerate(copy.deepcopy(model)), x), "eager": loss_way(model, x)}
+    exact = loss_way(copy.deepcopy(model).double(), x.double())
+    record(Case("network", f"densenet-bc-100-B{batch}-{size}", ways, exact, bars={"eager": 2.5}), SECONDS)
 
 
 def test_dense_attention(record):

@@ -180,7 +180,8 @@ def _dnl_bottleneck_fwd(x0, tensors, keep, connectivity, growth_rate, bottleneck
     vector = x0.new_empty(channels if measured else 0, dtype=_accumulation_dtype(x0))
     inner = vector.new_empty(layers if measured else 0, wide)
     states = x0.new_empty((batch, channels, *spatial))
-    kept = x0.new_empty(layers if keep else 0, wide * batch * math.prod(spatial))
+    padded = -(-wide // 16) * 16 if len(spatial) == 2 else wide  # the kernels' vectors are whole
+    kept = x0.new_empty(layers if keep else 0, padded * batch * math.prod(spatial))
     return states, kept, vector, torch.empty_like(vector), inner, torch.empty_like(inner)
 
 
@@ -271,7 +272,14 @@ _NONLOCAL_TAIL = (
     "Tensor?[] tensors,{} int[] connectivity, int growth_rate, str affine, str kernel, int heads, bool norm,"
     " bool training, bool preactivation, bool input_skip, bool residual, str activation, float tau, float eps)"
 )
-_BOTTLENECK = "ops.dnl_block.bottleneck"
+_BOTTLENECK_FWD = (
+    f"(Tensor x0, {_BOTTLENECK_TAIL.format(' bool keep,')} -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_BOTTLENECK_BWD = (
+    "(Tensor dstates, Tensor states, Tensor inner, Tensor mean, Tensor var, Tensor inner_mean, Tensor inner_var,"
+    f" {_BOTTLENECK_TAIL.format('')} -> (Tensor, Tensor[])"
+)
+_VOLUMES = "ops.dnl_block.bottleneck_volumes"
 
 _BLOCK_TAIL = (
     "Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? var, int[] connectivity,"
@@ -346,17 +354,10 @@ SCHEMAS: dict[str, Schema] = {
         f"(Tensor dstates, Tensor states, Tensor outputs, {_BLOCK_TAIL} -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _dnl_block_bwd,
     ),
-    "dnl_bottleneck_fwd": Schema(
-        f"(Tensor x0, {_BOTTLENECK_TAIL.format(' bool keep,')} -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _dnl_bottleneck_fwd,
-        _BOTTLENECK,
-    ),
-    "dnl_bottleneck_bwd": Schema(
-        "(Tensor dstates, Tensor states, Tensor inner, Tensor mean, Tensor var, Tensor inner_mean, Tensor inner_var,"
-        f" {_BOTTLENECK_TAIL.format('')} -> (Tensor, Tensor[])",
-        _dnl_bottleneck_bwd,
-        _BOTTLENECK,
-    ),
+    "dnl_bottleneck_fwd": Schema(_BOTTLENECK_FWD, _dnl_bottleneck_fwd),
+    "dnl_bottleneck_bwd": Schema(_BOTTLENECK_BWD, _dnl_bottleneck_bwd),
+    "dnl_bottleneck_volumes_fwd": Schema(_BOTTLENECK_FWD, _dnl_bottleneck_fwd, _VOLUMES),
+    "dnl_bottleneck_volumes_bwd": Schema(_BOTTLENECK_BWD, _dnl_bottleneck_bwd, _VOLUMES),
     # CPU, in evaluation: the layers' weights as the kernels read them, normalisations folded in, and the block with
     # them. Never seen by autograd or torch.compile.
     "dnl_bottleneck_pack": Schema(

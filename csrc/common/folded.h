@@ -15,6 +15,10 @@ constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * t
 inline std::vector<double> vector_of(const std::optional<Tensor>& t, int64_t size, double fill) {
   if (!t.has_value()) return std::vector<double>(size, fill);
   DNL_CHECK(t->numel() == size, "a vector of the wrong size");
+  if (t->scalar_type() == ScalarType::Float && t->is_contiguous()) {
+    const float* data = static_cast<const float*>(t->const_data_ptr());
+    return std::vector<double>(data, data + size);
+  }
   const Tensor wide = torch::stable::contiguous(torch::stable::to(*t, ScalarType::Double));
   const double* data = static_cast<const double*>(wide.data_ptr());
   return std::vector<double>(data, data + size);

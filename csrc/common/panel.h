@@ -15,13 +15,13 @@ struct Run {
   int to, count;
 };
 
-// panel[c][p] = act(scale_c * x_c[p] + shift_c) for the channels of a span, rows kPanelPixels apart. A store may run
-// into the next run or row, which is written later.
-template <class T, ActivationKind A>
+// panel[c][p] = act(scale_c * x_c[p] + shift_c) for the channels of a span, rows kPitch apart. A store may run into the
+// next run or row, which is written later.
+template <class T, ActivationKind A, int64_t kPitch = kPanelPixels>
 DNL_INLINE void load_panel(const T* x, int64_t channel_stride, int64_t channels, const T* scale, const T* shift,
                            const Run* runs, int run_count, T leak, T* panel) {
   constexpr int lanes = kLanes<T>;
-  for (int64_t c = 0; c < channels; c++, x += channel_stride, panel += kPanelPixels) {
+  for (int64_t c = 0; c < channels; c++, x += channel_stride, panel += kPitch) {
     const Vec<T> s = broadcast(scale[c]), h = broadcast(shift[c]);
     for (int r = 0; r < run_count; r++) {
       const T* from = x + runs[r].from;

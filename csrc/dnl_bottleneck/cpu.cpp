@@ -1,74 +1,15 @@
-// An evaluated bottleneck block (DenseNet-BC): dnl_bottleneck_pack folds the normalisations into the layers' weights and
-// transforms the filters, dnl_bottleneck_eval runs all layers in one parallel region. Meaning:
+// A bottleneck block (DenseNet-BC), evaluated or trained, in one parallel region. For evaluation dnl_bottleneck_pack folds
+// the normalisations into the layers' weights and transforms the filters, and dnl_bottleneck_eval runs all layers. Meaning:
 // dnl_kernels/ops/dnl_block/reference.py; the steps of a layer are explained in params.h.
 #include <algorithm>
 #include <cmath>
 
-#include "common/conv_host.h"
-#include "common/folded.h"
-#include "common/phases.h"
-#include "dnl_bottleneck/params.h"
+#include "dnl_bottleneck/block.h"
+#include "dnl_bottleneck/backward.h"
+#include "dnl_bottleneck/training.h"
 
 namespace dnl {
 namespace {
-
-enum Name {  // the tensors of a layer, in the order of bottleneck.py
-  kWeight, kBias, kGamma, kBeta, kMean, kVar, kInnerWeight, kInnerGamma, kInnerBeta, kInnerMean, kInnerVar, kNames
-};
-
-// What a layer reads, and where its numbers lie among the packed ones.
-struct Layout {
-  std::vector<Span> spans;
-  int64_t channels = 0;
-  int64_t scale, shift, weight, bias, filters;
-};
-
-// The layers of a block. The layout is the same on every instruction-set level.
-struct Block {
-  int64_t in_channels, growth, wide;  // as they are
-  int64_t padded_growth, padded_wide;
-  std::vector<Layout> layers;
-  int64_t packed = 0;
-
-  Block(int64_t in_channels, int64_t growth, int64_t bottleneck, const std::vector<int64_t>& connectivity)
-      : in_channels(in_channels),
-        growth(growth),
-        wide(growth * bottleneck),
-        padded_growth(round_up(growth, kBottleneckBlock)),
-        padded_wide(round_up(wide, kBottleneckBlock)) {
-    DNL_CHECK(in_channels > 0 && growth > 0 && bottleneck > 0, "dnl_bottleneck: channels");
-    const auto place = [&](int64_t size) {
-      const int64_t at = packed;
-      packed += round_up(size, kBottleneckBlock);
-      return at;
-    };
-    for (size_t at = 0; at < connectivity.size();) {
-      const size_t states = layers.size() + 1;
-      DNL_CHECK(at + states <= connectivity.size(), "dnl_bottleneck: connectivity is no triangle");
-      Layout l;
-      for (size_t j = 0; j < states; j++, at++) {
-        if (!connectivity[at]) continue;
-        const int64_t first = j ? channel_of(j - 1) : 0, count = j ? growth : in_channels;
-        if (!l.spans.empty() && l.spans.back().first + l.spans.back().count == first)
-          l.spans.back().count += count;
-        else
-          l.spans.push_back({first, count});
-        l.channels += count;
-      }
-      DNL_CHECK(l.channels > 0, "dnl_bottleneck: a layer reads nothing");
-      l.scale = place(l.channels);
-      l.shift = place(l.channels);
-      l.weight = place(padded_wide * l.channels);
-      l.bias = place(padded_wide);
-      l.filters = place(kWinogradPoints * padded_wide * padded_growth);
-      layers.push_back(std::move(l));
-    }
-  }
-  int64_t channel_of(int64_t layer) const { return in_channels + layer * growth; }
-  int64_t channels() const { return channel_of(layers.size()); }
-};
-
-using Tensors = std::vector<std::optional<Tensor>>;
 
 // U = G g G^T of a 3 x 3 filter, G of F(2, 3)
 template <class T>
@@ -279,10 +220,92 @@ Tensor dnl_bottleneck_eval(const Tensor& x0_in, const Tensor& packed, const std:
   return narrowed(states, x0_in.scalar_type());
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dnl_bottleneck_fwd(
+    const Tensor& x0_in, const Tensors& tensors, bool keep, const std::vector<int64_t>& connectivity, int64_t growth,
+    int64_t bottleneck, bool norm, bool training, const std::string& activation, double tau, double eps) {
+  DNL_CHECK(x0_in.dim() == 4, "dnl_bottleneck: x0");
+  const Tensor x0 = with_dense_planes(x0_in);
+  const Block block(x0.size(1), growth, bottleneck, connectivity);
+  const Step step(block, tensors, norm, training, activation, tau, eps, x0.size(0), x0.size(2), x0.size(3));
+  const int64_t layers = block.layers.size(), measured = step.measures ? 1 : 0, pixels = step.pixels;
+  const auto empty = [&](std::initializer_list<int64_t> sizes) { return torch::stable::new_empty(x0, sizes); };
+  Tensor states = in_large_pages(empty({x0.size(0), block.channels(), x0.size(2), x0.size(3)}));
+  Tensor inner = in_large_pages(empty({keep ? layers : 1, pixels * block.padded_wide}));
+  Tensor mean = empty({measured * block.channels()}), var = empty({measured * block.channels()});
+  Tensor inner_mean = empty({measured * layers, block.wide}), inner_var = empty({measured * layers, block.wide});
+  dispatch_float("dnl_bottleneck", x0.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    TrainingForward<T> forward(step, x0, keep, elements_of<T>(states), elements_of<T>(inner),
+                               {elements_of<T>(mean), elements_of<T>(var)},
+                               {elements_of<T>(inner_mean), elements_of<T>(inner_var)});
+    Tensor packed = in_large_pages(torch::stable::new_empty(x0, {block.packed}));
+    forward.run(elements_of<T>(packed));
+  });
+  if (!keep) inner = empty({0, pixels * block.padded_wide});
+  return {narrowed(states, x0_in.scalar_type()), narrowed(inner, x0_in.scalar_type()), mean, var, inner_mean, inner_var};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> dnl_bottleneck_bwd(
+    const Tensor& dstates_in, const Tensor& states_in, const Tensor& inner_in, const Tensor& mean, const Tensor& var,
+    const Tensor& inner_mean, const Tensor& inner_var, const Tensors& tensors, const std::vector<int64_t>& connectivity,
+    int64_t growth, int64_t bottleneck, bool norm, bool training, const std::string& activation, double tau,
+    double eps) {
+  DNL_CHECK(states_in.dim() == 4 && same_sizes(dstates_in, states_in), "dnl_bottleneck: states");
+  const Tensor states = widened(states_in), inner = widened(inner_in), dstates = with_dense_planes(dstates_in);
+  const int64_t layers = triangle_rows(connectivity.size());
+  const Block block(states.size(1) - layers * growth, growth, bottleneck, connectivity);
+  const Step step(block, tensors, norm, training, activation, tau, eps, states.size(0), states.size(2), states.size(3));
+  DNL_CHECK(inner.numel() == layers * step.pixels * block.padded_wide && inner.scalar_type() == states.scalar_type() &&
+                dstates.scalar_type() == states.scalar_type(),
+            "dnl_bottleneck: what the forward pass kept");
+  for (const Tensor* t : {&mean, &var, &inner_mean, &inner_var})
+    DNL_CHECK(t->scalar_type() == states.scalar_type() && t->is_contiguous() &&
+                  t->numel() == (!step.measures                          ? 0
+                                 : t == &inner_mean || t == &inner_var ? layers * block.wide
+                                                                        : block.channels()),
+              "dnl_bottleneck: statistics");
+  Tensor dx0 = torch::stable::new_empty(states, {states.size(0), block.in_channels, states.size(2), states.size(3)});
+  std::vector<Tensor> found;
+  for (int64_t i = 0; i < int64_t(tensors.size()); i++) {
+    const int64_t name = i % kNames;
+    if (name == kMean || name == kVar || name == kInnerMean || name == kInnerVar) continue;
+    std::vector<int64_t> sizes{0};
+    if (tensors[i].has_value()) {
+      sizes.resize(tensors[i]->dim());
+      for (int64_t d = 0; d < int64_t(sizes.size()); d++) sizes[d] = tensors[i]->size(d);
+    }
+    found.push_back(torch::stable::new_empty(states, sizes));
+  }
+  dispatch_float("dnl_bottleneck", states.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    if (step.pixels == 0) {  // a sum of nothing
+      for (const Tensor& t : found) std::fill_n(elements_of<T>(t), t.numel(), T(0));
+      return;
+    }
+    std::vector<T*> gradients;
+    for (const Tensor& t : found) gradients.push_back(t.numel() ? elements_of<T>(t) : nullptr);
+    TrainingBackward<T> backward(step, planes_of<const T>(dstates), elements_of<const T>(states),
+                                 elements_of<const T>(inner), {elements_of<const T>(mean), elements_of<const T>(var)},
+                                 {elements_of<const T>(inner_mean), elements_of<const T>(inner_var)},
+                                 elements_of<T>(dx0), gradients);
+    Tensor room = in_large_pages(torch::stable::new_empty(states, {backward.room()}));
+    backward.run(elements_of<T>(room));
+  });
+  for (int64_t i = 0, at = 0; i < int64_t(tensors.size()); i++) {
+    const int64_t name = i % kNames;
+    if (name == kMean || name == kVar || name == kInnerMean || name == kInnerVar) continue;
+    if (tensors[i].has_value()) found[at] = narrowed(found[at], tensors[i]->scalar_type());
+    at++;
+  }
+  return {narrowed(dx0, states_in.scalar_type()), found};
+}
+
 }  // namespace
 }  // namespace dnl
 
 STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
   m.impl("dnl_bottleneck_pack", TORCH_BOX(&dnl::dnl_bottleneck_pack));
   m.impl("dnl_bottleneck_eval", TORCH_BOX(&dnl::dnl_bottleneck_eval));
+  m.impl("dnl_bottleneck_fwd", TORCH_BOX(&dnl::dnl_bottleneck_fwd));
+  m.impl("dnl_bottleneck_bwd", TORCH_BOX(&dnl::dnl_bottleneck_bwd));
 }

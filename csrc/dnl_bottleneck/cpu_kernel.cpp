@@ -1,70 +1,12 @@
-// Loops of params.h.
-#include "common/panel.h"
+// Loops of params.h: evaluation, and what training shares with it.
 #include "common/vec.h"
 #include "dnl_bottleneck/params.h"
+#include "dnl_bottleneck/tiles.h"
 
 namespace dnl::DNL_ISA {
 namespace {
 
 static_assert(kBottleneckBlock == kOutputBlock && kBottleneckPanel == kPanelPixels && kBottleneckDepth == kPanelDepth);
-
-// Winograd's F(2, 3) along one axis: B^T d and A^T m; G is applied when filters are packed.
-template <class V>
-DNL_INLINE void input_transform(V& a, V& b, V& c, V& d) {
-  const V first = a - c, second = b + c, third = c - b, last = b - d;
-  a = first;
-  b = second;
-  c = third;
-  d = last;
-}
-template <class V>
-DNL_INLINE void output_transform(V a, V b, V c, V d, V& first, V& second) {
-  first = a + b + c;
-  second = b - c - d;
-}
-
-// Of one tile, whose first pixel is z: to[point][channel / 16][.][channel % 16].
-template <class T>
-DNL_INLINE void transform_tile(const T* z, int64_t row, int64_t wide, int64_t tiles, int64_t point_stride, T* to) {
-  for (int64_t c = 0; c < wide; c += kOutputBlock, to += tiles * kOutputBlock)
-#pragma GCC unroll 8
-    for (int i = 0; i < kOutputBlock; i += kLanes<T>) {
-      Vec<T> d[4][4];
-#pragma GCC unroll 4
-      for (int x = 0; x < 4; x++) {
-#pragma GCC unroll 4
-        for (int y = 0; y < 4; y++) d[y][x] = load(z + y * row + x * wide + c + i);
-        input_transform(d[0][x], d[1][x], d[2][x], d[3][x]);
-      }
-#pragma GCC unroll 4
-      for (int y = 0; y < 4; y++) {
-        input_transform(d[y][0], d[y][1], d[y][2], d[y][3]);
-#pragma GCC unroll 4
-        for (int x = 0; x < 4; x++) store(to + (4 * y + x) * point_stride + i, d[y][x]);
-      }
-    }
-}
-
-// The 2 x 2 pixels of a tile from its 16 products, rows of pixels `row` apart.
-template <class T>
-DNL_INLINE void output_tile(const T* products, int64_t point_stride, int64_t growth, int64_t row, T* pixels) {
-  for (int64_t o = 0; o < growth; o += kLanes<T>) {
-    Vec<T> half[2][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < 4; x++) {
-      const T* m = products + x * point_stride + o;
-      output_transform(load(m), load(m + 4 * point_stride), load(m + 8 * point_stride), load(m + 12 * point_stride),
-                       half[0][x], half[1][x]);
-    }
-#pragma GCC unroll 2
-    for (int y = 0; y < 2; y++) {
-      Vec<T> left, right;
-      output_transform(half[y][0], half[y][1], half[y][2], half[y][3], left, right);
-      store(pixels + y * row + o, left);
-      store(pixels + y * row + growth + o, right);
-    }
-  }
-}
 
 constexpr int64_t kMostBlocks = 12, kStreams = kBottleneckPanel / 8 + 1 + 2 * kMostBlocks;
 
@@ -102,7 +44,8 @@ void bottleneck_expand(const BottleneckMaps& maps, const BottleneckLayer<T>& lay
     const int64_t image = (first + p) / area, at = (first + p) % area;
     const int64_t n = area - at < count - p ? area - at : count - p;
     runs[run_count++] = {image * maps.image_stride + at, int(p), int(n)};
-    for (int64_t y = at / width, x = at % width, i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n && maps.raw; i++) rows[p + i] = (first + p + i) * maps.wide;
+    for (int64_t y = at / width, x = at % width, i = 0; i < n && !maps.raw; i++) {
       rows[p + i] = image * maps.image() + (y + 1) * maps.row() + (x + 1) * maps.wide;
       if (++x == width) x = 0, y++;
     }
@@ -110,7 +53,7 @@ void bottleneck_expand(const BottleneckMaps& maps, const BottleneckLayer<T>& lay
   }
 
   const T leak = T(layer.activation.leak);
-  const bool relu = layer.activation.kind == ActivationKind::relu;
+  const bool relu = layer.activation.kind == ActivationKind::relu && !maps.raw;
   const int64_t parts = (layer.channels + kBottleneckDepth - 1) / kBottleneckDepth;
   const Span* span = layer.spans;
   int64_t used = 0;  // channels of the span
@@ -133,7 +76,7 @@ void bottleneck_expand(const BottleneckMaps& maps, const BottleneckLayer<T>& lay
                        z,     rows, layer.bias, part > 0, floor, ahead, streams};
     product<T, kBottleneckPanel, 1>(p, count, begin, end);
   }
-  if (relu || layer.activation.kind == ActivationKind::identity) return;
+  if (relu || maps.raw || layer.activation.kind == ActivationKind::identity) return;
   dispatch_activation(layer.activation.kind, [&]<ActivationKind A>() {
     for (int64_t p = 0; p < count; p++)
       for (int64_t o = begin * kOutputBlock; o < end * kOutputBlock; o += kLanes<T>) {
@@ -144,17 +87,14 @@ void bottleneck_expand(const BottleneckMaps& maps, const BottleneckLayer<T>& lay
   });
 }
 
+namespace {
+
+// Products of the transformed tiles with the filters, and the outputs from them into the slot of the states.
 template <class T>
-void bottleneck_contract(const BottleneckMaps& maps, const BottleneckLayer<T>& layer, const T* z, int64_t first,
-                         int64_t count, T* transformed, T* products, T* pixels, T* states) {
+void finish_contract(const BottleneckMaps& maps, const BottleneckLayer<T>& layer, int64_t first, int64_t count,
+                     const T* transformed, T* products, T* pixels, T* states, T* moments) {
   const int64_t columns = maps.tile_columns(), per_image = maps.tile_rows() * columns;
   const int64_t in_stride = maps.input_point(count), out_stride = maps.output_point(count);
-  for (int64_t t = 0; t < count; t++) {
-    const int64_t tile = first + t, at = tile % per_image;
-    const T* from = z + tile / per_image * maps.image() + at / columns * 2 * maps.row() + at % columns * 2 * maps.wide;
-    transform_tile(from, maps.row(), maps.wide, count, in_stride, transformed + t * kOutputBlock);
-  }
-
   int64_t rows[kBottleneckTiles];
   for (int64_t t = 0; t < count; t++) rows[t] = t * maps.growth;
   const int64_t filter = maps.wide * maps.growth;
@@ -166,25 +106,70 @@ void bottleneck_contract(const BottleneckMaps& maps, const BottleneckLayer<T>& l
     product<T, 1, kOutputBlock>(p, count, 0, maps.growth / kOutputBlock);
   }
 
+  Segment<T> written[2 * kBottleneckTiles];
+  int segments = 0;
   for (int64_t t = 0; t < count;) {  // tiles of one row of tiles at a time
     const int64_t image = (first + t) / per_image, at = (first + t) % per_image, y = at / columns * 2;
     const int64_t x = at % columns * 2, n = columns - at % columns < count - t ? columns - at % columns : count - t;
-    const int64_t row = (2 * n + kBottleneckBlock) * maps.growth;
+    const int64_t row = 2 * n * maps.growth;
     for (int64_t i = 0; i < n; i++)
-      output_tile(products + (t + i) * maps.growth, out_stride, maps.growth, row, pixels + 2 * i * maps.growth);
+      for (int64_t o = 0; o < maps.growth; o += kLanes<T>) {
+        Vec<T> out[2][2];
+        output_tile<T>(products + (t + i) * maps.growth + o, out_stride, out);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) store(pixels + j / 2 * row + (2 * i + j % 2) * maps.growth + o, out[j / 2][j % 2]);
+      }
     T* to = states + image * maps.image_stride + layer.slot * maps.pixels() + y * maps.width + x;
     const int64_t width = maps.width - x < 2 * n ? maps.width - x : 2 * n;
-    for (int64_t i = 0; i < 2 && y + i < maps.height; i++)
+    for (int64_t i = 0; i < 2 && y + i < maps.height; i++) {
       store_channels_first(pixels + i * row, maps.growth, width, layer.outputs, to + i * maps.width, maps.pixels());
+      written[segments++] = {pixels + i * row, width};
+    }
+    pixels += 2 * row;
     t += n;
   }
+  if (moments) column_moments<T>(written, segments, maps.growth, maps.growth, moments, maps.growth);
+}
+
+}  // namespace
+
+template <class T>
+void bottleneck_contract(const BottleneckMaps& maps, const BottleneckLayer<T>& layer, const T* z, int64_t first,
+                         int64_t count, T* transformed, T* products, T* pixels, T* states) {
+  const int64_t columns = maps.tile_columns(), per_image = maps.tile_rows() * columns;
+  for (int64_t t = 0; t < count; t++) {
+    const int64_t tile = first + t, at = tile % per_image;
+    const T* from = z + tile / per_image * maps.image() + at / columns * 2 * maps.row() + at % columns * 2 * maps.wide;
+    const auto read = [&](int y, int x, int64_t c)
+        __attribute__((always_inline)) { return load(from + y * maps.row() + x * maps.wide + c); };
+    transform_tile<T>(read, maps.wide, count, maps.input_point(count), transformed + t * kOutputBlock);
+  }
+  finish_contract<T>(maps, layer, first, count, transformed, products, pixels, states, nullptr);
+}
+
+template <class T>
+void bottleneck_contract_raw(const BottleneckMaps& maps, const BottleneckLayer<T>& layer, const InnerNorm<T>& inner,
+                             const T* y, int64_t first, int64_t count, T* transformed, T* products, T* pixels,
+                             T* states, T* moments) {
+  transform_activated<T>(maps, inner, layer.activation, y, first, count, 0, maps.wide, maps.input_point(count),
+                         transformed);
+  finish_contract<T>(maps, layer, first, count, transformed, products, pixels, states, moments);
+}
+
+template <class T>
+void bottleneck_moments(const T* rows, int64_t row, int64_t count, int64_t channels, T* moments, int64_t stride) {
+  const Segment<T> all{rows, count};
+  column_moments<T>(&all, 1, row, channels, moments, stride);
 }
 
 #define DNL_INSTANTIATE(T)                                                                                           \
   template void bottleneck_expand<T>(const BottleneckMaps&, const BottleneckLayer<T>&, const T*, int64_t, int64_t,   \
                                      int64_t, int64_t, T*, T*);                                                      \
   template void bottleneck_contract<T>(const BottleneckMaps&, const BottleneckLayer<T>&, const T*, int64_t, int64_t, \
-                                       T*, T*, T*, T*);
+                                       T*, T*, T*, T*);                                                              \
+  template void bottleneck_contract_raw<T>(const BottleneckMaps&, const BottleneckLayer<T>&, const InnerNorm<T>&,    \
+                                           const T*, int64_t, int64_t, T*, T*, T*, T*, T*);                          \
+  template void bottleneck_moments<T>(const T*, int64_t, int64_t, int64_t, T*, int64_t);
 DNL_INSTANTIATE(float)
 DNL_INSTANTIATE(double)
 

@@ -20,8 +20,8 @@ activation within rounding of zero has either slope.
 The bound of an element is its largest deviation in 32 runs of each way of writing the formula (in half types 96; see
 `dnl_kernels.testing.formulations`), of which all but DRAWS are made only where an error is larger than these show. The
 largest of a few sums of many errors is under three quarters of their standard deviation once in ten (of 8 once in a
-hundred), which in a tensor of thousands is no rarity, the largest of 32 once in 10^8. A bound is never that of the worst case, in which all
-errors conspire, and always below it.
+hundred), which in a tensor of thousands is no rarity, the largest of 32 once in 10^8. A bound is never that of the
+worst case, in which all errors conspire, and always below it.
 
 The constants:
 

@@ -12,7 +12,8 @@ Rounding belongs to the terms that are added, and a non-local operator can be wr
 And 3x3 convolutions are sums over the taps, or products of polynomials in four rows at a time, evaluated at 0, +-3/4,
 +-3/2 and infinity (csrc/dnl_block/params.h), from 16 channels and outputs on in two columns as well, at 0, +-1 and
 infinity (csrc/common/winograd.h; Lavin and Gray 2016, "Fast algorithms for convolutional neural networks"), whose sums
-also have the terms that cancel.
+also have the terms that cancel; those without a bias, as in a bottleneck, in 2 x 2 pixels at 0, +-1 and infinity along
+both axes (csrc/dnl_bottleneck/params.h).
 
 `dnl_kernels.testing.budget` runs all of them, and a bound is the largest one.
 """
@@ -92,22 +93,20 @@ def _non_local(second: bool):
 
 A, B = 0.75, 1.5  # the points of rows, beside 0 and infinity
 P, S = A**2 * B**2, A**2 + B**2
-# (transform of the inputs, of the filters, of the products): tiles of four rows, of one column, and of two.
-ROWS: tuple[list | None, list | None, list] = (
+Form = tuple[list | None, list | None, list]  # transforms of the inputs, of the filters, of the products
+FOUR: Form = (
     [[P, 0, -S, 0, 1, 0], [0, -A * B**2, -(B**2), A, 1, 0], [0, A * B**2, -(B**2), -A, 1, 0],
      [0, -B * A**2, -(A**2), B, 1, 0], [0, B * A**2, -(A**2), -B, 1, 0], [0, P, 0, -S, 0, 1]],
     [[64 / 81, 0, 0], [-128 / 243, -32 / 81, -8 / 27], [-128 / 243, 32 / 81, -8 / 27],
      [32 / 243, 16 / 81, 8 / 27], [32 / 243, -16 / 81, 8 / 27], [0, 0, 1]],
     [[1, 1, 1, 1, 1, 0], [0, A, -A, B, -B, 0], [0, A**2, A**2, B**2, B**2, 0], [0, A**3, -(A**3), B**3, -(B**3), 1]],
 )  # fmt: skip
-COLUMNS: dict[int, tuple[list | None, list | None, list]] = {
-    1: (None, None, [[1, 1, 1]]),
-    2: (
-        [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]],
-        [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]],
-        [[1, 1, 1, 0], [0, 1, -1, 1]],
-    ),
-}
+TWO: Form = (
+    [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, -1, 0, 1]],
+    [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]],
+    [[1, 1, 1, 0], [0, 1, -1, 1]],
+)
+ONE: Form = (None, None, [[1, 1, 1]])
 
 
 def _along(axis: int, matrix: list | None, t: Tensor) -> Tensor:
@@ -117,21 +116,27 @@ def _along(axis: int, matrix: list | None, t: Tensor) -> Tensor:
     return torch.tensordot(t, torch.tensor(matrix, dtype=t.dtype), ([axis], [1])).movedim(-1, axis)
 
 
-def _by_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_, **__) -> Tensor:
-    """W (*) x + bias for 3x3 filters, by tiles of four rows and, of many channels, two columns."""
-    height, width, n = *x.shape[2:], 2 if min(weight.shape[:2]) >= 16 else 1
-    down, right = -(-height // 4), -(-width // n)
-    tiles = F.pad(x, (1, right * n - width + 1, 1, down * 4 - height + 1)).unfold(2, 6, 4).unfold(3, n + 2, n)
-    tiles, filters = tiles.permute(4, 5, 1, 0, 2, 3).flatten(3), weight.permute(2, 3, 0, 1)
-    forms: list = [*enumerate((ROWS, COLUMNS[n]))]
-    for axis, (of_inputs, of_filters, _) in forms:
-        tiles, filters = _along(axis, of_inputs, tiles), _along(axis, of_filters, filters)
-    products = (filters.flatten(0, 1) @ tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])  # [6, n + 2, outputs, tiles]
-    for axis, form in forms:
-        products = _along(axis, form[2], products)
-    y = products.unflatten(3, (x.shape[0], down, right)).permute(3, 2, 4, 0, 5, 1)  # [B, outputs, down, 4, right, n]
-    y = y.flatten(4).flatten(2, 3)[:, :, :height, :width]
-    return y if bias is None else y + bias[:, None, None]
+def _by_tiles(second: bool):
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_, **__) -> Tensor:
+        """W (*) x + bias for 3x3 filters, some rows and columns at a time."""
+        wide = min(weight.shape[:2]) >= 16
+        forms = [*enumerate((FOUR, TWO if wide else ONE) if second else (TWO, TWO))]
+        height, width, (rows, columns) = *x.shape[2:], (len(form[2]) for _, form in forms)
+        down, right = -(-height // rows), -(-width // columns)
+        padded = F.pad(x, (1, right * columns - width + 1, 1, down * rows - height + 1))
+        tiles = padded.unfold(2, rows + 2, rows).unfold(3, columns + 2, columns)
+        tiles, filters = tiles.permute(4, 5, 1, 0, 2, 3).flatten(3), weight.permute(2, 3, 0, 1)
+        for axis, (of_inputs, of_filters, _) in forms:
+            tiles, filters = _along(axis, of_inputs, tiles), _along(axis, of_filters, filters)
+        products = (filters.flatten(0, 1) @ tiles.flatten(0, 1)).unflatten(0, tiles.shape[:2])  # [., ., outputs, tiles]
+        for axis, form in forms:
+            products = _along(axis, form[2], products)
+        # To [B, outputs, down, rows, right, columns].
+        y = products.unflatten(3, (x.shape[0], down, right)).permute(3, 2, 4, 0, 5, 1)
+        y = y.flatten(4).flatten(2, 3)[:, :, :height, :width]
+        return y if bias is None else y + bias[:, None, None]
+
+    return convolve
 
 
 def _convolves(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> bool:
@@ -170,7 +175,11 @@ def another_formulation(second: bool) -> Iterator[list[str]]:
         plain.nonlocal_attention: (
             _attention(second), lambda *given: given[1].numel() > 0 and _of_attention(given[5], second)
         ),
-        F.conv2d: (_by_tiles, lambda *given, **words: second and _convolves(*given, **words)),
+        F.conv2d: (
+            _by_tiles(second), lambda x, w, bias=None, *o, **words: (
+                (second or bias is None) and _convolves(x, w, bias, *o, **words)
+            )
+        ),
     }  # fmt: skip
     ways = {before.__name__: (before, chosen(before, *how)) for before, how in others.items()}
     replaced = []

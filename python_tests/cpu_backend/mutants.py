@@ -27,6 +27,8 @@ ACTIVATION, PARALLEL = "csrc/common/activation.h", "csrc/common/parallel.h"
 LINEAR, TILED = "dnl_kernels/ops/dense_linear/cpu.py", "dnl_kernels/ops/nonlocal_attention/tiled.py"
 BOTTLENECK, TRANSITION = "csrc/dnl_bottleneck/cpu_kernel.cpp", "csrc/transition/cpu_kernel.cpp"
 WINOGRAD = "csrc/common/cpu_kernel_winograd.cpp"
+TRAINED, BACK = "csrc/dnl_bottleneck/cpu_kernel_training.cpp", "csrc/dnl_bottleneck/backward.h"
+TRAINING, STEP = "test_dnl_bottleneck_training.py", "csrc/dnl_bottleneck/training.h"
 BLOCKS, ZERO = "test_dnl_block_cpu.py", "zero"
 IMAGES = "instruction_set and (densenet or leaky or paper)"
 
@@ -124,6 +126,21 @@ MUTATIONS = [
     Mutation(CONV, "tail", "n ? total([](Vec<T> v) { return v; }) / n : 0.0",
              "n ? total([](Vec<T> v) { return v; }) / (n - n % lanes + lanes) : 0.0", "test_widths.py", "statistics"),
     Mutation(ACTIVATION, "zero", "zero < z ? one : zero", "zero <= z ? one : zero", "test_norm_activation.py", ZERO),
+    # dnl_bottleneck
+    Mutation(TRAINED, "tail", "p + i < count", "p + i + 1 < count", TRAINING, "float64-odd"),
+    Mutation(TRAINED, "tail", "first_lanes<T>(load(back + i) * slope, left)", "load(back + i) * slope", TRAINING,
+             "float64-odd"),
+    Mutation(TRAINED, "term", "rate * (load(layer.y + at) - mean) + constant", "constant", TRAINING, "float64-odd"),
+    Mutation("csrc/dnl_bottleneck/tiles.h", "window", "left + 4 <= maps.width", "left + 3 <= maps.width", TRAINING,
+             "float64-odd"),
+    Mutation(BACK, "little", "moment * a.rate", f"moment * a.rate * {OFF}", TRAINING, "float64-odd"),
+    Mutation(BACK, "piece", "inner_sums_[chunk * 2 * wide + o]",
+             "(chunk > 0 || tile_chunks_ == 1 ? inner_sums_[chunk * 2 * wide + o] : 0.0)", TRAINING, "many_pixels"),
+    Mutation(BACK, "statistics", "-r * plain_[channel]", "-r * 0 * plain_[channel]", TRAINING, "float64-odd"),
+    Mutation(STEP, "statistics", "square[c] + offset * (2 * plain[c] + weight * offset)", "square[c]", TRAINING,
+             "many_pixels"),
+    Mutation(STEP, "order", "pieces_by_size(s_.pixels, kBottleneckPanel)",
+             "pieces_by_size(s_.pixels, kBottleneckPanel / free_threads())", TRAINING, "number_of_threads"),
     # dense_sum
     Mutation(SUM_HOST, "piece", "sum += partial[c * rows + r]", "sum += c + 1 < kChunks ? partial[c * rows + r] : T(0)",
              "test_dense_sum.py", "float64 and longer"),
