@@ -152,7 +152,8 @@ def _check_model(model: object) -> None:
 def _decide(
     model: nn.Module, verify: bool, backend: str | None
 ) -> list[tuple[BlockReport, nn.Module, Settings | None]]:
-    """The verdict on every module that looks like a block; what is inside a block is part of it."""
+    """The verdict on every module that looks like a block; what is inside a block is part of it, what is inside an
+    nn.Sequential or a network around blocks is not."""
     decided: list[tuple[BlockReport, nn.Module, Settings | None]] = []
     inside: set[int] = set()
     for name, module in model.named_modules():
@@ -163,8 +164,11 @@ def _decide(
             if found is None:
                 continue
             reason = found if isinstance(found, str) else None
+            around = getattr(family, "surroundings", False)
+            if around and reason is not None:
+                continue
             block = BlockReport(name, type(module).__name__, family.name, reason)
             decided.append((block, module, found if isinstance(found, Settings) else None))
-            inside.update(map(id, module.modules()))
+            inside.update(map(id, module.modules()) if not around else [id(module)])
             break
     return decided

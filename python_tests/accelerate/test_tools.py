@@ -250,6 +250,33 @@ def test_distributed_data_parallel(process_group):
     assert_same(everything(fast, x), everything(plain, x))
 
 
+def test_replicas_of_data_parallel():
+    """What nn.DataParallel makes for every device: shallow copies with tensors of their own."""
+    plain, fast, x = both()
+    fast(x)  # with an executor
+    replicas = {}
+    for name, module in fast.named_modules():
+        replicas[name] = replica = module._replicate_for_data_parallel()
+        for key, parameter in module._parameters.items():
+            setattr(replica, key, None if parameter is None else 1.5 * parameter)
+        replica._buffers = {key: value.clone() for key, value in module._buffers.items()}
+        for key in replica._modules:
+            replica._modules[key] = None
+    for name, replica in replicas.items():
+        parent, _, key = name.rpartition(".")
+        if name:
+            replicas[parent]._modules[key] = replica
+    plain(x)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter *= 1.5
+    before = {name: buffer.clone() for name, buffer in fast.named_buffers()}
+    torch.testing.assert_close(replicas[""](x), plain(x), rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in fast.named_buffers())
+    replicas[""](x).square().sum().backward()
+    assert fast.block1.denselayer2.conv1.weight.grad.abs().sum() > 0
+
+
 def test_inference_mode_and_second_derivatives():
     plain, fast, x = both()
     plain.eval(), fast.eval()
