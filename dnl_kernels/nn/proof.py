@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families.base import Family, origin
-from .subclass import MUST, Declined, Settings, put_on
+from .families.base import MUST, Family, origin
+from .subclass import Declined, Settings, put_on
 
 CPU = (None, "reference", "cpu")  # backends that can run the proof
 TOLERANCE = 1e-7  # of the largest element, in float64 after a few dozen layers

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .families import FAMILIES
-from .families.base import get, origin
+from .families.base import MUST, get, origin
 
-SETTINGS, EXECUTOR, MUST = "_dnl_settings", "_dnl_executor", "_dnl_must"
+SETTINGS, EXECUTOR = "_dnl_settings", "_dnl_executor"
 _classes: weakref.WeakKeyDictionary[type, dict[str, type]] = weakref.WeakKeyDictionary()
 
 

@@ -346,8 +346,7 @@ class LinearLayer(nn.Module):
 
     def __init__(self, channels, growth, norm=False):
         super().__init__()
-        if norm:
-            self.norm = nn.BatchNorm1d(channels)
+        self.norm = nn.BatchNorm1d(channels) if norm else nn.Identity()
         self.act = nn.SiLU()
         self.linear = nn.Linear(channels, growth)
 
@@ -393,6 +392,7 @@ CASES = {
     "linear, list of tokens": (lambda: nn.Sequential(Perceptron()), (2, 7, 4), 1),
     "tiramisu": (lambda: DenseNet(TiramisuBlock), (3, 3, 8, 7), 3),
     "tiramisu, dropout": (lambda: DenseNet(TiramisuBlock, dropout=0.2), (3, 3, 8, 7), 3),
+    "tiramisu, alone": (lambda: nn.Sequential(TiramisuBlock(3, 3, 4)), (3, 3, 8, 7), 1),
     "tiramisu, up": (lambda: nn.Sequential(TiramisuBlock(3, 3, 4, only_new=True)), (3, 3, 8, 7), 1),
     "residual dense": (Upscaler, (2, 3, 6, 5), 2),
     "residual dense, relu": (lambda: Upscaler(lambda: ResidualDenseBlock(slope=0.01, scale=1.0)), (2, 3, 6, 5), 2),

@@ -220,6 +220,7 @@ def test_old_checkpoints(form):
 
 
 @pytest.mark.parametrize("depth", [121, 161, 169, 201])
+@pytest.mark.slow
 def test_whole_networks_of_torchvision(depth):
     import torchvision
 

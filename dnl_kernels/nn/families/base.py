@@ -17,6 +17,7 @@ from .. import layers
 
 Executor = Callable[..., Tensor | None]
 Attributes = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+MUST = "_dnl_must"  # in the __dict__ of a module whose executor may not decline: in the proof
 OWN = frozenset(nn.Module().__dict__)  # what every module has
 
 

@@ -15,6 +15,7 @@ from ..._activations import activate
 from ..layers import DenseLayer
 from ..plan import Plan, Segment
 from .base import (
+    MUST,
     Attributes,
     Executor,
     Skeleton,
@@ -42,6 +43,9 @@ CALLS: dict[str, Callable[[int, Any], Call]] = {
     # the layers are convolutions or linear maps, and the block calls the activation
     "activated": lambda axis, act: lambda layer, states: [*states, act(layer(join(states, axis)))],
 }
+# How many numbers the states of a block of linear maps have where its kernels begin to be worth their calls, in a
+# training step, of which they keep a fourth for backward, and in evaluation.
+WORTH = (2**18, 2**22)
 FUNCTIONS = ("relu", "gelu", "silu", "tanh", "identity")
 NAMES = {  # parts of a layer by the names of torchvision's children; what has other names is told by its class
     "norm1": "norm", "conv1": "affine", "norm2": "inner_norm", "conv2": "inner",
@@ -327,10 +331,22 @@ class BlockExecutor:
         self.plan = Plan(self.describe, blueprint.axis, tokens=False)
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        if x.dim() not in self._blueprint.ranks:
+        if x.dim() not in self._blueprint.ranks or self._too_small(x):
             return None
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
+            return None  # joined with what autocast makes narrower, the states are as wide as x
         states = self.plan(self._owner, x, self._backend)
         return None if states is None else self._family.finish(self._owner, self._blueprint, states, x)
+
+    def _too_small(self, x: Tensor) -> bool:
+        """Whether a block of linear maps would gain nothing; asked for a backend, or in the proof, it is never."""
+        if self._blueprint.axis == 1 or self._backend is not None or MUST in self._owner.__dict__:
+            return False
+        outputs = [widths(self._owner, layer)[1] or 0 for layer in self._blueprint.layers]
+        parameters = self._owner.parameters()
+        backward = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters))
+        return x[..., 0].numel() * (x.shape[-1] + sum(outputs)) < WORTH[not backward]
 
     def summary(self) -> str:
         """How many layers run on kernels as they are now, and why the others do not."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ...ops.nonlocal_attention.api import nonlocal_attention
-from .base import Executor, Skeleton, get
+from .base import Attributes, Executor, Skeleton, attributes, differ, get
 
 MODES = {"gaussian": "softmax", "embedded_gaussian": "softmax", "dot_product": "dot"}
 SIZES = ((9,), (6, 4), (3, 4, 6))
@@ -16,6 +16,7 @@ SIZES = ((9,), (6, 4), (3, 4, 6))
 
 class Blueprint(NamedTuple):
     skeleton: tuple[Skeleton, ...]
+    attributes: Attributes
 
 
 class NonLocalBlocks:
@@ -23,13 +24,13 @@ class NonLocalBlocks:
     structure = "non-local blocks of mmcv: children g, conv_out, theta and phi, attributes mode, use_scale, sub_sample"
 
     def blueprints(self, module: nn.Module) -> Iterable[Blueprint | str]:
-        attributes = ("mode", "use_scale", "sub_sample", "in_channels", "inter_channels")
-        if not {"g", "conv_out"} <= set(module._modules) or not all(hasattr(module, name) for name in attributes):
+        wanted = ("mode", "use_scale", "sub_sample", "in_channels", "inter_channels")
+        if not {"g", "conv_out"} <= set(module._modules) or not all(hasattr(module, name) for name in wanted):
             return
         if module.mode not in MODES:
             yield f"mode '{module.mode}' has no kernel; {', '.join(map(repr, MODES))} have"
             return
-        yield Blueprint((Skeleton.of(module, ""),))
+        yield Blueprint((Skeleton.of(module, ""),), attributes(module, [""]))
 
     def inputs(self, module: Any, blueprint: Blueprint) -> Iterable[tuple[Any, ...]]:
         return [((2, module.in_channels, *sizes),) for sizes in SIZES]
@@ -42,7 +43,9 @@ class NonLocalBlocks:
 
     def executor(self, module: Any, blueprint: Blueprint, backend: str | None) -> Executor:
         def execute(x: Tensor) -> Tensor | None:
-            if module.mode not in MODES or not all(skeleton.holds(module) for skeleton in blueprint.skeleton):
+            if not all(skeleton.holds(module) for skeleton in blueprint.skeleton):
+                return None
+            if differ(module, blueprint.attributes):  # it may mean anything
                 return None
             return self._execute(module, x, backend)
 
