@@ -115,8 +115,8 @@ CHANGES = {
     "pre-hook on the classifier": (hooked("classifier", "register_forward_pre_hook"), ["max_pool"]),
     "hook on the network": (hooked(""), ["max_pool", "mean"]),
     "forward of the last norm": (other_forward("features.norm5"), ["max_pool"]),
-    "forward of the features": (other_forward("features"), []),
-    "forward of the network": (other_forward(""), ["max_pool"]),
+    "forward of the features": (other_forward("features"), ["max_pool"]),
+    "forward of the network": (other_forward(""), ["max_pool", "mean"]),
     "another maximum": (replaced("pool0", lambda old: nn.MaxPool2d(2, 2)), ["mean"]),
     "ceiled maximum": (lambda model: setattr(model.features.pool0, "ceil_mode", True), ["mean"]),
     "dilated maximum": (lambda model: setattr(model.features.pool0, "dilation", 2), ["mean"]),
@@ -130,7 +130,7 @@ CHANGES = {
     "group norm at the end": (replaced("norm5", lambda old: nn.GroupNorm(1, 17)), ["max_pool"]),
     "batch statistics at the end": (lambda model: model.features.norm5.train(), ["max_pool"]),
     "batch statistics in the stem": (lambda model: model.features.norm0.train(), ["mean"]),
-    "a further module at the end": (lambda model: model.features.append(nn.Tanh()), ["max_pool"]),
+    "a further module at the end": (lambda model: model.features.append(nn.Softplus()), ["max_pool"]),
     "a classifier of modules": (
         lambda model: setattr(model, "classifier", nn.Sequential(nn.Dropout(0.5), model.classifier).eval()),
         ["max_pool"],
@@ -245,6 +245,28 @@ def test_threads_do_not_see_each_other():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_fully_shard(tmp_path):
+    """The network as one group, accelerated before and after."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain, before, x = both()
+        after = copy.deepcopy(plain)
+        fully_shard(dnl.accelerate(before), mesh=init_device_mesh("cpu", (1,)))
+        fully_shard(after, mesh=init_device_mesh("cpu", (1,)))
+        assert "features" in dnl.accelerate(after, report=True).accelerated
+        for model in (before, after):
+            torch.testing.assert_close(evaluate(model, x), evaluate(plain, x))
+            found, expected = everything(model, x), everything(plain, x)
+            found = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in found.items()}
+            assert_same(found, expected)
+            torch.testing.assert_close(evaluate(model, x), evaluate(plain, x))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_error_leaves_no_trace():
