@@ -11,6 +11,7 @@ from copies import CASES, LinearBlock
 
 import dnl_kernels as dnl
 from dnl_kernels.nn.families import dense
+from dnl_kernels.nn.families.non_local import rectified_sums
 from dnl_kernels.ops.dnl_block import api
 
 
@@ -144,3 +145,16 @@ def test_every_kind_of_dense_block_has_layers_on_kernels(monkeypatch):
         report = dnl.accelerate(CASES[name][0]().eval(), report=True)
         layers = [block.layers for block in report if block.family == "dense block"]
         assert layers == ["3 of 3 layers by kernels", "2 of 2 layers by kernels"], (name, str(report))
+
+
+def test_rectified_sums_of_all_pairs():
+    """What the concatenated non-local block adds up, from sorted sums: ties, nothing and all of it."""
+    for a, b in (
+        (torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 11, dtype=torch.float64)),
+        (torch.randint(-2, 3, (2, 7)).double(), torch.randint(-2, 3, (2, 11)).double()),
+        (torch.full((2, 7), -9.0).double(), torch.rand(2, 11).double()),
+        (torch.full((2, 7), 9.0).double(), torch.rand(2, 11).double()),
+    ):
+        value = torch.randn(2, 3, 11, dtype=torch.float64)
+        expected = value @ torch.relu(a[:, None, :] + b[:, :, None])
+        torch.testing.assert_close(rectified_sums(a, b, value), expected, rtol=1e-12, atol=1e-12)
