@@ -380,7 +380,8 @@ SCHEMAS: dict[str, Schema] = {
         _dnl_nonlocal_block_bwd,
         _NONLOCAL,
     ),
-    # CPU, in evaluation: a transition, and the pooling behind a stem; never seen by autograd or torch.compile.
+    # CPU, in evaluation: a transition, the pooling behind a stem and that in front of a classifier; never seen by
+    # autograd or torch.compile.
     "transition_pack": Schema(
         "(Tensor weight, Tensor? bias, Tensor?[] norm, float eps) -> Tensor",
         lambda weight, *_: weight.new_empty(
@@ -397,6 +398,9 @@ SCHEMAS: dict[str, Schema] = {
     "norm_activation_max_pool": Schema(
         "(Tensor x, Tensor scale, Tensor shift, str activation) -> Tensor",
         lambda x, *_: x.new_empty((*x.shape[:2], *((n + 1) // 2 for n in x.shape[2:]))),
+    ),
+    "norm_activation_mean": Schema(
+        "(Tensor x, Tensor scale, Tensor shift, str activation) -> Tensor", lambda x, *_: x.new_empty(x.shape[:2])
     ),
     # CPU: the passes over memory of act(norm(x)); never seen by autograd or torch.compile.
     "norm_activation_moments": Schema(

@@ -1,5 +1,5 @@
-// What stands around the blocks of an evaluated DenseNet: its transitions, and the pooling behind its stem. Meaning:
-// dnl_kernels/ops/transition/reference.py.
+// What stands around the blocks of an evaluated DenseNet: its transitions, the pooling behind its stem, and that in front
+// of its classifier. Meaning: dnl_kernels/ops/transition/reference.py.
 #include "common/conv_host.h"
 #include "common/folded.h"
 #include "transition/params.h"
@@ -79,14 +79,20 @@ Tensor transition_eval(const Tensor& x_in, const Tensor& packed, int64_t outputs
   return narrowed(y, x_in.scalar_type());
 }
 
-// maxima over 3 x 3 pixels, 2 apart, of act(scale * x + shift), the image's edge left out
-Tensor norm_activation_max_pool(const Tensor& x_in, const Tensor& scale, const Tensor& shift,
-                                const std::string& activation) {
+// x with dense planes, and that scale and shift belong to it
+Tensor checked(const Tensor& x_in, const Tensor& scale, const Tensor& shift) {
   DNL_CHECK(x_in.dim() == 4, "norm_activation: x");
   const Tensor x = with_dense_planes(x_in);
   for (const Tensor* t : {&scale, &shift})
     DNL_CHECK(t->numel() == x.size(1) && t->scalar_type() == x.scalar_type() && t->is_contiguous(),
               "norm_activation: vector");
+  return x;
+}
+
+// maxima over 3 x 3 pixels, 2 apart, of act(scale * x + shift), the image's edge left out
+Tensor norm_activation_max_pool(const Tensor& x_in, const Tensor& scale, const Tensor& shift,
+                                const std::string& activation) {
+  const Tensor x = checked(x_in, scale, shift);
   const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
   Tensor y = torch::stable::new_empty(x, {x.size(0), channels, (height + 1) / 2, (width + 1) / 2});
   const Activation act = activation_of(activation);
@@ -109,6 +115,27 @@ Tensor norm_activation_max_pool(const Tensor& x_in, const Tensor& scale, const T
   return narrowed(y, x_in.scalar_type());
 }
 
+// [batch, channels]: the mean of act(scale * x + shift) over each plane
+Tensor norm_activation_mean(const Tensor& x_in, const Tensor& scale, const Tensor& shift, const std::string& activation) {
+  const Tensor x = checked(x_in, scale, shift);
+  const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3), planes = x.size(0) * channels;
+  Tensor y = torch::stable::new_empty(x, {x.size(0), channels});
+  const Activation act = activation_of(activation);
+  dispatch_float("norm_activation", x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Planes<const T> from = planes_of<const T>(x);
+    T* const to = static_cast<T*>(y.data_ptr());
+    const T *s = static_cast<const T*>(scale.data_ptr()), *h = static_cast<const T*>(shift.data_ptr());
+    parallel_tasks(0, planes, grain_for(planes), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t c = i % channels;
+        DNL_ISA_CALL(mean_plane<T>(at(from, i / channels, c).data, pixels, s[c], h[c], act, to + i));
+      }
+    });
+  });
+  return narrowed(y, x_in.scalar_type());
+}
+
 }  // namespace
 }  // namespace dnl
 
@@ -116,4 +143,5 @@ STABLE_TORCH_LIBRARY_IMPL(dnl, CPU, m) {
   m.impl("transition_pack", TORCH_BOX(&dnl::transition_pack));
   m.impl("transition_eval", TORCH_BOX(&dnl::transition_eval));
   m.impl("norm_activation_max_pool", TORCH_BOX(&dnl::norm_activation_max_pool));
+  m.impl("norm_activation_mean", TORCH_BOX(&dnl::norm_activation_mean));
 }

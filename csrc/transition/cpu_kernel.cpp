@@ -104,9 +104,35 @@ void max_pool_plane(const T* x, int64_t height, int64_t width, T scale, T shift,
   });
 }
 
+template <class T>
+void mean_plane(const T* x, int64_t pixels, T scale, T shift, Activation activation, T* to) {
+  constexpr int64_t lanes = kLanes<T>, piece = 64 * lanes;
+  const Vec<T> s = broadcast(scale), h = broadcast(shift);
+  const T leak = T(activation.leak);
+  double total = 0;
+  dispatch_activation(activation.kind, [&]<ActivationKind A>() {
+    for (int64_t from = 0; from < pixels; from += piece) {
+      const int64_t end = from + piece < pixels ? from + piece : pixels;
+      Vec<T> sum{}, value, slope;
+      int64_t i = from;
+      for (; i + lanes <= end; i += lanes) {
+        activate<T, A>(load(x + i) * s + h, leak, value, slope);
+        sum += value;
+      }
+      if (i < end) {
+        activate<T, A>(load_partial(x + i, int(end - i)) * s + h, leak, value, slope);
+        sum += first_lanes<T>(value, end - i);
+      }
+      total += double(sum_lanes<T>(sum));
+    }
+  });
+  *to = T(total / double(pixels));
+}
+
 #define DNL_INSTANTIATE(T)                                                                         \
   template void transition_pixels<T>(const Transition<T>&, int64_t, int64_t, T*, T*);              \
-  template void max_pool_plane<T>(const T*, int64_t, int64_t, T, T, Activation, T*, T*);
+  template void max_pool_plane<T>(const T*, int64_t, int64_t, T, T, Activation, T*, T*);             \
+  template void mean_plane<T>(const T*, int64_t, T, T, Activation, T*);
 DNL_INSTANTIATE(float)
 DNL_INSTANTIATE(double)
 

@@ -1,5 +1,6 @@
-// A DenseNet's transition in evaluation: y = W mean_2x2(act(scale * x + shift)) + bias, pooled first; and the pooling
-// behind its stem. One pass: pixels are normalised, activated and pooled while a panel of them is loaded for the product.
+// A DenseNet's transition in evaluation: y = W mean_2x2(act(scale * x + shift)) + bias, pooled first; the pooling behind
+// its stem; and that in front of its classifier. One pass: pixels are normalised, activated and pooled while a panel of
+// them is loaded for the product.
 #pragma once
 #include <cstdint>
 
@@ -36,6 +37,9 @@ struct Transition {
   /* 5 * 16 elements */                                                                                        \
   template <class T>                                                                                           \
   void max_pool_plane(const T* x, int64_t height, int64_t width, T scale, T shift, Activation, T* row, T* to);  \
+  /* to[0] = the mean of act(scale * x + shift) over so many pixels, added up in float64 but for short pieces */ \
+  template <class T>                                                                                           \
+  void mean_plane(const T* x, int64_t pixels, T scale, T shift, Activation, T* to);                            \
   }
 DNL_FOR_EACH_ISA(DNL_DECLARE_TRANSITION)
 

@@ -64,7 +64,7 @@ def accelerate(
     backend: str | None = None,
 ) -> Any:
     """Makes the dense blocks, transitions, non-local blocks and depth-weighted averages of `model` run on kernels of
-    this package, in place. The model computes what it computed.
+    this package, in place, in evaluation its stem and final pooling too. The model computes what it computed.
 
     What changes is how a block runs, not what it is: its submodules, their names, the state_dict, hooks and optimiser
     groups stay, and isinstance holds. Each block gets a subclass of its own class, whose forward reads the tensors of
@@ -74,11 +74,12 @@ def accelerate(
 
     A block is recognised by its children, whatever its class is called, and then proved: it and its accelerated copy
     run on a small random input in float64, in evaluation and in training, and every output, gradient and running
-    statistic must agree. Otherwise it is left as it was, with a warning that names it and says why.
+    statistic must agree. Otherwise it is left as it was, with a warning that names it and says why. Stems and final
+    poolings, proved in evaluation, are not mentioned where they are left.
 
     Args:
         model: any module that contains such blocks, or is one. On any device, in any mode, of any dtype.
-        report: return the list of all blocks with what became of them, in place of the model.
+        report: return the list of all blocks with what became of them, in place of the model; no warnings then.
         strict: a block that has to be left as it is is an error, and the model is left unchanged.
         verify: the proof. Without it a block is compared in evaluation only, by plain PyTorch.
         backend: None (the best), "reference", "cpu", "triton" or "cuda", of the operators.
@@ -152,7 +153,8 @@ def _check_model(model: object) -> None:
 def _decide(
     model: nn.Module, verify: bool, backend: str | None
 ) -> list[tuple[BlockReport, nn.Module, Settings | None]]:
-    """The verdict on every module that looks like a block; what is inside a block is part of it."""
+    """The verdict on every module that looks like a block; what is inside a block is part of it, what is inside an
+    nn.Sequential or a network around blocks is not."""
     decided: list[tuple[BlockReport, nn.Module, Settings | None]] = []
     inside: set[int] = set()
     for name, module in model.named_modules():
@@ -163,8 +165,11 @@ def _decide(
             if found is None:
                 continue
             reason = found if isinstance(found, str) else None
+            around = getattr(family, "surroundings", False)
+            if around and reason is not None:
+                continue
             block = BlockReport(name, type(module).__name__, family.name, reason)
             decided.append((block, module, found if isinstance(found, Settings) else None))
-            inside.update(map(id, module.modules()))
+            inside.update(map(id, module.modules()) if not around else [id(module)])
             break
     return decided

@@ -3,6 +3,7 @@ may stand in for them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropou
 # What a change of a module's meaning shows in, by its type: names in its __dict__.
 _COMMON = (*HOOKS, "_modules", "training")
 _OWN = frozenset(nn.Module().__dict__)
+_SIMPLE = (bool, int, float, str, type(None))
 _CONVOLUTION = (
     "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "in_channels", "out_channels",
 )  # fmt: skip
@@ -102,9 +104,16 @@ class LayerKind(NamedTuple):
     options: tuple[tuple[str, Any], ...]
 
 
+def is_simple(value: object) -> bool:
+    """Numbers, names, and tuples or lists of them."""
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(v, _SIMPLE) for v in value)
+    return isinstance(value, _SIMPLE)
+
+
 def _simple_attributes(state: dict[str, Any]) -> list[str]:
     """What may decide what a module of a class unknown to us computes: eps, drop_rate."""
-    return [name for name, value in state.items() if name not in _OWN and isinstance(value, (bool, int, float, str))]
+    return [name for name, value in state.items() if name not in _OWN and is_simple(value)]
 
 
 class Watch:
@@ -119,7 +128,7 @@ class Watch:
             names = (*_COMMON, *(_WATCHED[type(m)] if type(m) in _WATCHED else _simple_attributes(state)))
             get = itemgetter(*(name for name in names if name in state))
             # Copies: the same dictionary would be equal to itself whatever happened to it.
-            values = tuple(dict(value) if isinstance(value, dict) else value for value in get(state))
+            values = tuple(copy.copy(value) if isinstance(value, (dict, list)) else value for value in get(state))
             self.rows.append((state, len(state), get, values))
 
     def unchanged(self) -> bool:

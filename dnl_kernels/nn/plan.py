@@ -41,15 +41,17 @@ class Plan:
     Args:
         describe: reads a block's layers from its modules; a string says why it is no block that a plan knows.
         axis: of the channels.
+        tokens: layers of linear maps normalise the channels of tokens [B, N, C] too, which nn.BatchNorm1d alone, called
+            with such a tensor, does not.
     """
 
-    def __init__(self, describe: Callable[[Any], Description], axis: int = 1):
-        self.describe, self.axis = describe, axis
+    def __init__(self, describe: Callable[[Any], Description], axis: int = 1, tokens: bool = True):
+        self.describe, self.axis, self.tokens = describe, axis, tokens
         # One tuple, so that threads which share a plan see a watch together with what was read under it.
         self._known: tuple[Watch, list[Segment] | str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"describe": self.describe, "axis": self.axis, "_known": None}
+        return {"describe": self.describe, "axis": self.axis, "tokens": self.tokens, "_known": None}
 
     def __call__(self, block: nn.Module, x: Tensor, backend: str | None = None) -> Tensor | None:
         """The concatenation of all states, or None where `describe` does not know the block any more."""
@@ -130,19 +132,25 @@ class Plan:
         config: Any = segment.config
         if any(map(dense_layers.gained_a_bias, segment.layers)):
             return None
-        if states[0].dim() != (3 if config.affine == "linear" else config.spatial_dims + 2):
+        rank = states[0].dim()
+        if config.affine == "linear":
+            if rank != 3 and (self.tokens or rank != 2) or rank == 3 and config.norm is not None and not self.tokens:
+                return None
+        elif rank != config.spatial_dims + 2:
             return None
         if not dense_layers.plain_tensors([t for row in given for t in row.values()]):
             return None
         if config.spatial_dims != 2 and not recorded([*states, *(t for row in given for t in row.values())]):
             return None  # what the kernels save there is memory for a backward pass
         x0 = states[0] if len(states) == 1 else torch.cat(states, self.axis)
+        x0 = x0.unsqueeze(0) if rank == 2 else x0
         buffer = self._evaluate(segment, x0, given, backend)
         if buffer is None:
             parameters = [LayerParameters(**row) for row in given]
             buffer, statistics = api.dnl_block_with_statistics(x0, parameters, config, backend=backend)
             if statistics is not None:
                 running_statistics.update(_batch_statistics(segment, statistics), statistics.elements)
+        buffer = buffer.squeeze(0) if rank == 2 else buffer
         if alone:
             return [buffer]
         found, at = [], 0

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .families.base import Family, origin
-from .subclass import MUST, Declined, Settings, put_on
+from .families.base import MUST, Family, origin
+from .subclass import Declined, Settings, put_on
 
 CPU = (None, "reference", "cpu")  # backends that can run the proof
 TOLERANCE = 1e-7  # of the largest element, in float64 after a few dozen layers
@@ -82,7 +82,8 @@ def verdict(module: nn.Module, family: Family, backend: str | None, verify: bool
         with _isolated():
             try:
                 if model is None:
-                    model = copy_in_float64(module, torch.Generator().manual_seed(1))
+                    proved = family.subject(module, found) if hasattr(family, "subject") else module
+                    model = copy_in_float64(proved, torch.Generator().manual_seed(1))
                     getattr(family, "prepare", lambda model: None)(model)
                 settings, inputs = _fit(model, family, found, backend)
                 if isinstance(settings, Settings) and verify:
@@ -166,7 +167,9 @@ def _prove(module: nn.Module, family: Family, settings: Settings, inputs: tuple[
     """Output, gradients and buffers of the accelerated copy against those of the plain one: as the module stands, in
     evaluation and in training."""
     modes = [submodule.training for submodule in module.modules()]
-    for mode in ("evaluation", "training") if len(set(modes)) == 1 else ("its present modes", "evaluation", "training"):
+    gradients = not getattr(family, "evaluated", False)
+    several = ("its present modes",) if len(set(modes)) > 1 else ()
+    for mode in (*several, "evaluation", "training") if gradients else ("evaluation",):
         results = []
         for accelerated in (False, True):
             copy = copy_in_float64(module)
@@ -176,7 +179,7 @@ def _prove(module: nn.Module, family: Family, settings: Settings, inputs: tuple[
                 put_on(copy, settings._replace(backend=settings.backend if settings.backend in CPU else None))
                 copy.__dict__[MUST] = True
             try:
-                results.append(_run(copy, family, inputs))
+                results.append(_run(copy, family, inputs, gradients))
             except Declined:
                 return "its plan declines a small input"
         plain, fast = results
@@ -188,11 +191,14 @@ def _prove(module: nn.Module, family: Family, settings: Settings, inputs: tuple[
     return settings
 
 
-def _run(copy: Any, family: Family, sample: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Everything that a step of training can see."""
-    inputs = [x.clone().requires_grad_() for x in sample]
+def _run(copy: Any, family: Family, sample: tuple[Tensor, ...], gradients: bool) -> dict[str, Tensor]:
+    """Everything that a step of training can see, or an evaluation."""
+    inputs = [x.clone().requires_grad_(gradients) for x in sample]
     torch.manual_seed(3)  # of dropout
-    out = _drive(family)(copy, *inputs)
+    with torch.set_grad_enabled(gradients):
+        out = _drive(family)(copy, *inputs)
+    if not gradients:
+        return {"the output": out}
     generator = torch.Generator().manual_seed(11)
     out.backward(torch.randn(out.shape, generator=generator, dtype=out.dtype))
     found = {"the output": out.detach()}

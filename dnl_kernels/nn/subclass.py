@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .families import FAMILIES
-from .families.base import origin
+from .families.base import MUST, get, origin
 
-SETTINGS, EXECUTOR, MUST = "_dnl_settings", "_dnl_executor", "_dnl_must"
+SETTINGS, EXECUTOR = "_dnl_settings", "_dnl_executor"
 _classes: weakref.WeakKeyDictionary[type, dict[str, type]] = weakref.WeakKeyDictionary()
 
 
@@ -57,7 +57,7 @@ def _overriding(cls: type, method: str) -> Callable[..., Any]:
         current = getattr(cls, method)
         if not torch.compiler.is_compiling() and current is inherited and args and ordinary(args[0]) and not kwargs:
             state = self.__dict__
-            if (executor := state.get(EXECUTOR) or _make_executor(self)) is not None:
+            if (executor := _executor_of(self)) is not None:
                 run = executor if method == "forward" else getattr(executor, method)
                 if (out := run(*args)) is not None:
                     return out
@@ -68,18 +68,21 @@ def _overriding(cls: type, method: str) -> Callable[..., Any]:
     return override
 
 
-def _make_executor(module: nn.Module) -> Any:
-    """Once per module, and again after it was loaded or copied; None for a module that was restored."""
+def _executor_of(module: nn.Module) -> Any:
+    """Made once per module, and again after it was loaded, copied or replicated; None for one that was restored."""
+    owner, executor = module.__dict__.get(EXECUTOR, (None, None))
+    if owner is module:
+        return executor
     if (settings := module.__dict__.get(SETTINGS)) is None:
         return None
     executor = FAMILIES[settings.family].executor(module, settings.blueprint, settings.backend)
-    module.__dict__[EXECUTOR] = executor
+    module.__dict__[EXECUTOR] = module, executor
     return executor
 
 
 def summary(module: nn.Module) -> str:
     """What the executor of an accelerated module says of its layers, if anything."""
-    executor = _make_executor(module)
+    executor = _executor_of(module)
     return executor.summary() if hasattr(executor, "summary") else ""
 
 
@@ -128,10 +131,14 @@ def subclass(cls: type, family: str) -> type:
 
 
 def put_on(module: nn.Module, settings: Settings) -> None:
-    """Accelerates one module."""
+    """Accelerates one module, and what belongs to it."""
     module.__class__ = subclass(origin(module), settings.family)
     module.__dict__[SETTINGS] = settings
     module.__dict__.pop(EXECUTOR, None)
+    family: Any = FAMILIES[settings.family]
+    if hasattr(family, "inner"):
+        path, name, blueprint = family.inner(module, settings.blueprint)
+        put_on(get(module, path), Settings(name, blueprint, settings.backend))
 
 
 def take_off(module: nn.Module) -> bool:

@@ -1,6 +1,8 @@
 """Dense networks in the forms in which people write them, small: the structure of well-known packages, for the tests of
 the mechanism where the packages are not installed."""
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -309,6 +311,68 @@ class DenseFormer(nn.Module):
         return x
 
 
+class Features(nn.Module):
+    """As torchvision's networks: one nn.Sequential from the stem to the last normalisation, the rest in the forward."""
+
+    def __init__(self, block=ListBlock, norm=None, pool=None):
+        super().__init__()
+        relu = {} if norm else {"relu0": nn.ReLU(inplace=True)}
+        norm = norm or nn.BatchNorm2d
+        parts = {"conv0": nn.Conv2d(3, 6, 3, padding=1), "norm0": norm(6), **relu}
+        parts |= {"pool0": pool or nn.MaxPool2d(3, 2, 1), "block1": block(6, 3, 4), "transition1": Transition(18)}
+        self.features = nn.Sequential(OrderedDict(parts | {"block2": block(9, 2, 4), "norm5": norm(17)}))
+        self.classifier = nn.Linear(17, 5)
+
+    def forward(self, x):
+        z = F.relu(self.features(x))
+        return self.classifier(torch.flatten(F.adaptive_avg_pool2d(z, (1, 1)), 1))
+
+
+class VolumeFeatures(nn.Module):
+    """As MONAI's: activation, pooling and classifier in a second nn.Sequential; three dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        parts = {"conv0": nn.Conv3d(3, 6, 3, padding=1), "block1": JoinedBlock(6, 3, 4, dims=3)}
+        self.features = nn.Sequential(OrderedDict(parts | {"norm5": nn.BatchNorm3d(18)}))
+        self.class_layers = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(1), nn.Linear(18, 5))
+
+    def forward(self, x):
+        return self.class_layers(self.features(x))
+
+
+class LinearLayer(nn.Module):
+    """Of rows or tokens: a linear map and its activation, appended; norm: in front of them."""
+
+    def __init__(self, channels, growth, norm=False):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(channels) if norm else nn.Identity()
+        self.act = nn.SiLU()
+        self.linear = nn.Linear(channels, growth)
+
+    def forward(self, x):
+        return torch.cat([x, self.linear(self.act(self.norm(x)))], -1)
+
+
+class LinearBlock(nn.Sequential):
+    def __init__(self, channels=4, layers=3, growth=5, norm=True):
+        super().__init__(*(LinearLayer(channels + i * growth, growth, norm) for i in range(layers)))
+
+
+class Perceptron(nn.Module):
+    """Linear maps in a list, the activation and the concatenation in the forward, and a last map."""
+
+    def __init__(self, channels=4, layers=3, growth=5):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(channels + i * growth, growth) for i in range(layers))
+        self.out = nn.Linear(channels + layers * growth, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, F.gelu(layer(x))], -1)
+        return self.out(x)
+
+
 # name: how the model is made, the shape of an input, how many blocks are accelerated
 CASES = {
     "list": (DenseNet, (3, 3, 8, 7), 3),
@@ -320,8 +384,15 @@ CASES = {
     "joined, 3d": (lambda: DenseNet(lambda *a: JoinedBlock(*a, dims=3), dims=3), (2, 3, 4, 5, 6), 3),
     "norm with activation": (lambda: DenseNet(NormActBlock), (3, 3, 8, 7), 3),
     "functional": (lambda: DenseNet(FunctionalBlock), (3, 3, 8, 7), 3),
+    "features": (Features, (3, 3, 16, 14), 5),
+    "features, norm with activation": (lambda: Features(NormActBlock, NormAct), (3, 3, 16, 14), 5),
+    "features, 3d": (VolumeFeatures, (2, 3, 4, 5, 6), 2),
+    "linear, rows": (lambda: nn.Sequential(LinearBlock()), (7, 4), 1),
+    "linear, list": (lambda: nn.Sequential(Perceptron()), (7, 4), 1),
+    "linear, list of tokens": (lambda: nn.Sequential(Perceptron()), (2, 7, 4), 1),
     "tiramisu": (lambda: DenseNet(TiramisuBlock), (3, 3, 8, 7), 3),
     "tiramisu, dropout": (lambda: DenseNet(TiramisuBlock, dropout=0.2), (3, 3, 8, 7), 3),
+    "tiramisu, alone": (lambda: nn.Sequential(TiramisuBlock(3, 3, 4)), (3, 3, 8, 7), 1),
     "tiramisu, up": (lambda: nn.Sequential(TiramisuBlock(3, 3, 4, only_new=True)), (3, 3, 8, 7), 1),
     "residual dense": (Upscaler, (2, 3, 6, 5), 2),
     "residual dense, relu": (lambda: Upscaler(lambda: ResidualDenseBlock(slope=0.01, scale=1.0)), (2, 3, 6, 5), 2),

@@ -168,6 +168,7 @@ MUTATIONS = {
     "hook within the transition": lambda model: model.transition.conv.register_forward_hook(lambda m, i, o: 2 * o),
     "pre-hook within the transition": lambda model: model.transition.pool.register_forward_pre_hook(plus_one),
     "eps of the second norm": attribute(f"{B}.norm2", "eps", 0.1),
+    "eps of the first norm": attribute(f"{B}.norm1", "eps", 0.1),
     "eps of one layer": lambda model: [setattr(n, "eps", 0.1) for n in (later(model).norm1, later(model).norm2)],
     "momentum of one layer": attribute(f"{B}.norm1", "momentum", 0.7),
     "cumulative momentum": attribute(f"{B}.norm2", "momentum", None),

@@ -7,9 +7,18 @@ import pickle
 import pytest
 import torch
 from compare import assert_as_good, assert_same, draws_like, everything, randomise
-from copies import CASES
+from copies import CASES, LinearBlock
 
 import dnl_kernels as dnl
+from dnl_kernels.nn.families import dense
+from dnl_kernels.nn.families.non_local import rectified_sums
+from dnl_kernels.ops.dnl_block import api
+
+
+@pytest.fixture(autouse=True)
+def small_blocks_too(monkeypatch):
+    """Blocks of linear maps on kernels whatever their size."""
+    monkeypatch.setattr(dense, "WORTH", (0, 0))
 
 
 def both(name, dtype=torch.float64, training=True):
@@ -105,9 +114,47 @@ def test_copies_and_files_are_accelerated_too(name):
     assert [type(m) for m in dnl.restore(copies[0]).modules()] == [type(m) for m in plain.modules()]
 
 
-def test_every_kind_of_dense_block_has_layers_on_kernels():
+def count_calls(monkeypatch):
+    """Of the operator that runs a segment of a plan."""
+    calls, run = [], api.dnl_block_with_statistics
+    monkeypatch.setattr(api, "dnl_block_with_statistics", lambda *a, **k: (calls.append(1), run(*a, **k))[1])
+    return calls
+
+
+@pytest.mark.parametrize("rows, kernels", [(32, 0), (1 << 14, 1)])
+def test_blocks_of_linear_maps_that_would_gain_nothing_run_as_they_did(monkeypatch, rows, kernels):
+    monkeypatch.undo()
+    model = dnl.accelerate(torch.nn.Sequential(LinearBlock(norm=False)))
+    calls = count_calls(monkeypatch)
+    everything(model, torch.randn(rows, 4))
+    assert len(calls) == kernels
+    model.eval()(torch.randn(rows, 4))
+    with torch.no_grad():
+        model(torch.randn(rows, 4))
+    assert len(calls) == 2 * kernels
+
+
+def test_every_kind_of_dense_block_has_layers_on_kernels(monkeypatch):
     """Otherwise the comparisons above would compare PyTorch with itself."""
+    for name in ("linear, rows", "linear, list", "linear, list of tokens"):
+        model = dnl.accelerate(CASES[name][0]())
+        calls = count_calls(monkeypatch)
+        everything(model, torch.randn(CASES[name][1]))
+        assert len(calls) == 1, name
     for name in ("list", "joined", "joined, 1d", "joined, 3d", "norm with activation", "functional", "tiramisu"):
         report = dnl.accelerate(CASES[name][0]().eval(), report=True)
         layers = [block.layers for block in report if block.family == "dense block"]
         assert layers == ["3 of 3 layers by kernels", "2 of 2 layers by kernels"], (name, str(report))
+
+
+def test_rectified_sums_of_all_pairs():
+    """What the concatenated non-local block adds up, from sorted sums: ties, nothing and all of it."""
+    for a, b in (
+        (torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 11, dtype=torch.float64)),
+        (torch.randint(-2, 3, (2, 7)).double(), torch.randint(-2, 3, (2, 11)).double()),
+        (torch.full((2, 7), -9.0).double(), torch.rand(2, 11).double()),
+        (torch.full((2, 7), 9.0).double(), torch.rand(2, 11).double()),
+    ):
+        value = torch.randn(2, 3, 11, dtype=torch.float64)
+        expected = value @ torch.relu(a[:, None, :] + b[:, :, None])
+        torch.testing.assert_close(rectified_sums(a, b, value), expected, rtol=1e-12, atol=1e-12)

@@ -1,6 +1,7 @@
 """What `accelerate` says, what it refuses, and that its proof leaves no trace."""
 
 import copy
+import pickle
 import random
 
 import pytest
@@ -145,6 +146,58 @@ def test_the_scale_is_not_mistaken_when_an_attribute_changes():
     all_states = wrapped.eval()(x)
     model.only_new = True
     torch.testing.assert_close(wrapped(x), all_states[:, 3:])
+
+
+@pytest.mark.parametrize("how", ["at once", "copied", "pickled"])
+def test_attributes_are_those_of_the_proof(how):
+    """Not those of the first call, nor those with which a copy begins."""
+    model = nn.Sequential(ResidualDenseBlock(scale=0.5), TiramisuBlock(6, 3, 4)).double().eval()
+    fast = dnl.accelerate(copy.deepcopy(model))
+    x = torch.randn(2, 6, 6, 5, dtype=torch.float64)
+    if how != "at once":
+        fast(x)
+    for m in (model, fast):
+        m[0].scale, m[1].only_new = 0.125, True
+    if how != "at once":
+        fast = copy.deepcopy(fast) if how == "copied" else pickle.loads(pickle.dumps(fast))
+    torch.testing.assert_close(fast(x), model(x))
+    for m in (model, fast):
+        m[0].scale, m[1].only_new = 0.5, False
+        m[1].note = "of the user's"  # what is added to a block may mean anything as well
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_layer_with_another_attribute_is_called():
+    class Scaled(type(ListBlock(1, 1, 1).denselayer1)):
+        scale = 1.0
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.scale = [1.0]
+
+        def forward(self, states):
+            return self.scale[0] * super().forward(states)
+
+    class ScaledBlock(ListBlock):
+        def __init__(self, channels, layers, growth):
+            nn.ModuleDict.__init__(self)
+            for i in range(layers):
+                self[f"denselayer{i + 1}"] = Scaled(channels + i * growth, growth, 2)
+
+    torch.manual_seed(0)
+    model = randomise(DenseNet(ScaledBlock)).double()
+    fast = copy.deepcopy(model)
+    report = dnl.accelerate(fast, report=True)
+    assert [block.layers[:6] for block in report] == ["3 of 3", "", "2 of 2"]
+    x = torch.randn(2, 3, 8, 7, dtype=torch.float64)
+    fast.eval()(x)
+    for m in (model, fast):
+        m.block1.denselayer2.scale[0] = 3.0
+    found, expected = everything(fast.eval(), x), everything(model.eval(), x)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-8)
+    report = dnl.accelerate(fast, report=True)
+    assert "differs" in report.refused["block1"]  # proved anew, as it is now
 
 
 def test_gradients_that_differ_are_found():

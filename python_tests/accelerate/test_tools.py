@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from compare import assert_same, everything, randomise
-from copies import CASES, DenseFormer, DenseNet, JoinedBlock, NonLocal, Upscaler
+from copies import CASES, DenseFormer, DenseNet, Features, JoinedBlock, NonLocal, Perceptron, Upscaler
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,15 +21,21 @@ MODELS = {
     "non-local": lambda: nn.Sequential(nn.Conv2d(3, 6, 1), NonLocal()),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
+TRACED = {
+    **MODELS,
+    "features": Features,
+    "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(168, 4), Perceptron()),
+}
+every_traced_model = pytest.mark.parametrize("name", TRACED)
 
 
 def both(name="list", dtype=torch.float64):
     torch.manual_seed(0)
-    plain = randomise(MODELS[name]()).to(dtype)
+    plain = randomise(TRACED[name]()).to(dtype)
     return plain, dnl.accelerate(copy.deepcopy(plain)), torch.randn(3, 3, 8, 7, dtype=dtype)
 
 
-@every_model
+@every_traced_model
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_compile(name, training):
     plain, fast, x = both(name)
@@ -39,7 +45,7 @@ def test_compile(name, training):
     assert_same({key.replace("_orig_mod.", ""): value for key, value in found.items()}, expected)
 
 
-@every_model
+@every_traced_model
 def test_export_and_aot(name):
     """The program that is exported has PyTorch's own operators only: whoever loads it needs no other package."""
     plain, fast, x = both(name)
@@ -60,7 +66,7 @@ def test_onnx(name):
     torch.testing.assert_close(torch.from_numpy(out), plain.eval()(x), rtol=1e-3, atol=1e-4)
 
 
-@every_model
+@every_traced_model
 def test_script_trace_and_fx(name):
     plain, fast, x = both(name)
     plain.eval(), fast.eval()
@@ -248,6 +254,33 @@ def test_distributed_data_parallel(process_group):
     dnl.restore(fast)
     assert len(dnl.accelerate(fast, report=True).accelerated) == 3  # within the wrapper
     assert_same(everything(fast, x), everything(plain, x))
+
+
+def test_replicas_of_data_parallel():
+    """What nn.DataParallel makes for every device: shallow copies with tensors of their own."""
+    plain, fast, x = both()
+    fast(x)  # with an executor
+    replicas = {}
+    for name, module in fast.named_modules():
+        replicas[name] = replica = module._replicate_for_data_parallel()
+        for key, parameter in module._parameters.items():
+            setattr(replica, key, None if parameter is None else 1.5 * parameter)
+        replica._buffers = {key: value.clone() for key, value in module._buffers.items()}
+        for key in replica._modules:
+            replica._modules[key] = None
+    for name, replica in replicas.items():
+        parent, _, key = name.rpartition(".")
+        if name:
+            replicas[parent]._modules[key] = replica
+    plain(x)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter *= 1.5
+    before = {name: buffer.clone() for name, buffer in fast.named_buffers()}
+    torch.testing.assert_close(replicas[""](x), plain(x), rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in fast.named_buffers())
+    replicas[""](x).square().sum().backward()
+    assert fast.block1.denselayer2.conv1.weight.grad.abs().sum() > 0
 
 
 def test_inference_mode_and_second_derivatives():

@@ -1,4 +1,5 @@
-"""The evaluated transition and the pooling behind a stem, csrc/transition, against PyTorch in float64."""
+"""The evaluated transition, the pooling behind a stem and that in front of a classifier, csrc/transition, against
+PyTorch in float64."""
 
 import pytest
 import torch
@@ -169,7 +170,8 @@ def test_operators_are_what_their_fakes_say():
     packed, x = cpu.pack(weight, bias, norm, 1e-5), torch.randn(2, 20, 5, 7)
     for pool in (True, False):
         torch.library.opcheck(torch.ops.dnl.transition_eval.default, (x, packed, 17, "relu", pool))
-    torch.library.opcheck(torch.ops.dnl.norm_activation_max_pool.default, (x, norm[0], norm[1], "relu"))
+    for operator in (torch.ops.dnl.norm_activation_max_pool, torch.ops.dnl.norm_activation_mean):
+        torch.library.opcheck(operator.default, (x, norm[0], norm[1], "relu"))
     with pytest.raises(RuntimeError, match="packed weights of another one"):
         cpu.evaluate(x, packed, 16, "relu", True)
 
@@ -185,3 +187,30 @@ def test_module_types_that_compute_something_else_are_left_alone(monkeypatch):
         conv, module.conv = module.conv, Doubled(4, 3, 1, bias=False)
         module.conv.load_state_dict(conv.state_dict())
         torch.testing.assert_close(module(x), 2 * before)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_means_of_every_size_on_every_instruction_set(isa, activation):
+    for size in ((1, 1), (7, 7), (3, 17), (5, 300), (33,), (2, 3, 5)):
+        for dtype in (torch.float32, torch.float64):
+            _, _, norm = arguments(20, 1, dtype)
+            x = torch.randn(3, 20, *size).to(dtype)
+            found = cpu.norm_activation_mean(x, norm, activation, 1e-5)
+            eager = reference.norm_activation_mean(x, norm, activation, 1e-5)
+            exact = reference.norm_activation_mean(x.double(), [wide(t) for t in norm], activation, 1e-5)
+            assert found.shape == (3, 20) and found.dtype == dtype
+            assert_within_budget(f"means over {size}", found, exact, eager)
+
+
+def test_means_of_strided_empty_and_infinite_inputs():
+    norm = [t.float() for t in arguments(4, 3, torch.float32)[2]]
+    x = torch.randn(2, 8, 6, 10)[:, ::2].transpose(2, 3)
+    torch.testing.assert_close(cpu.norm_activation_mean(x, norm, "silu", 1e-5),
+                               reference.norm_activation_mean(x, norm, "silu", 1e-5))  # fmt: skip
+    assert cpu.norm_activation_mean(x[:0], norm, "relu", 1e-5).shape == (0, 4)
+    assert cpu.norm_activation_mean(x[:, :, :0], norm, "relu", 1e-5).isnan().all()
+    x = x.clone()
+    x[0, 1, 2, 3], x[1, 2, 0, 0] = torch.nan, torch.inf
+    found = cpu.norm_activation_mean(x, norm, "relu", 1e-5)
+    torch.testing.assert_close(found, reference.norm_activation_mean(x, norm, "relu", 1e-5), equal_nan=True)
+    assert found[0, 1].isnan() and not found.isfinite().all()

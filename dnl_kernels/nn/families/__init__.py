@@ -3,11 +3,16 @@
 from .base import Family
 from .dense import DenseBlocks
 from .depth import DepthWeightedAverages
-from .non_local import NonLocalBlocks
+from .final import FinalPoolings
+from .non_local import ConcatenatedNonLocalBlocks, NonLocalBlocks
 from .residual import ResidualDenseBlocks
+from .stem import Stems
 from .transition import Transitions
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (ResidualDenseBlocks(), DenseBlocks(), Transitions(), NonLocalBlocks(), DepthWeightedAverages())
-}
+    for family in (
+        ResidualDenseBlocks(), DenseBlocks(), Transitions(), NonLocalBlocks(), ConcatenatedNonLocalBlocks(),
+        DepthWeightedAverages(), Stems(), FinalPoolings(),
+    )
+}  # fmt: skip

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from .. import layers
+
 Executor = Callable[..., Tensor | None]
-SIMPLE = (bool, int, float, str, type(None))
+Attributes = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
+MUST = "_dnl_must"  # in the __dict__ of a module whose executor may not decline: in the proof
 OWN = frozenset(nn.Module().__dict__)  # what every module has
 
 
@@ -36,7 +39,10 @@ class Family(Protocol):
     def executor(self, module: nn.Module, blueprint: Any, backend: str | None) -> Executor: ...
 
     # Optional: `methods`, those to override besides forward; `drive(module, *inputs)`, a use of the module where it is
-    # more than one call; `prepare(copy)`, before the proof.
+    # more than one call; `prepare(copy)`, before the proof; `subject(module, blueprint)`, what is proved in the place
+    # of the whole module; `inner(module, blueprint)`, what is accelerated with it: a path, a family, a blueprint;
+    # `evaluated = True`: it runs without gradients only; `surroundings = True`: what stands around blocks, whose own
+    # modules are looked at too, and which is not reported where it is left as it is.
 
     def inputs(self, module: nn.Module, blueprint: Any) -> Iterable[tuple[Any, ...]]:
         """Shapes of small inputs: tried in turn until the module takes one."""
@@ -72,23 +78,50 @@ class Skeleton(NamedTuple):
         return module is not None and origin(module) is self.kind and tuple(module._modules) == self.children
 
 
-class Attributes:
-    """The plain attributes of modules (drop_rate, res_scale, ..) as they were."""
-
-    def __init__(self, modules: Iterable[nn.Module]):
-        found = [(m.__dict__, k) for m in modules for k, v in m.__dict__.items() if k not in OWN and _simple(v)]
-        self._where, self.values = found, [d.get(k) for d, k in found]
-
-    def changed(self) -> list[str]:
-        """The names of those that are different now."""
-        now = [d.get(k) for d, k in self._where]
-        if now == self.values:
-            return []
-        return [k for (_, k), a, b in zip(self._where, now, self.values, strict=True) if a != b]
+def attributes(owner: nn.Module, paths: Iterable[str], known: Iterable[str] = ()) -> Attributes:
+    """The plain attributes (res_scale, ..) of the modules at these paths but for those that are `known`."""
+    ignored = OWN.union(known)
+    return tuple(
+        (path, tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in get(owner, path).__dict__.items()
+                     if k not in ignored and layers.is_simple(v)))
+        for path in paths if get(owner, path) is not None
+    )  # fmt: skip
 
 
-def _simple(value: object) -> bool:
-    return isinstance(value, SIMPLE) or (isinstance(value, (tuple, list)) and all(isinstance(v, SIMPLE) for v in value))
+def differ(owner: nn.Module, recorded: Attributes, known: Iterable[str] = ()) -> list[str]:
+    """The names of attributes that are not what they were when they were recorded; what is new and private may be."""
+    now = attributes(owner, [path for path, _ in recorded], known)
+    if now == recorded:
+        return []
+    before = {(path, k): v for path, values in recorded for k, v in values}
+    after = {(path, k): v for path, values in now for k, v in values}
+    gone = [k for at, k in before if (at, k) not in after]
+    return gone + [k for (at, k), v in after.items() if (before[at, k] != v if (at, k) in before else k[:1] != "_")]
+
+
+def holds_its_activation(norm: object) -> bool:
+    """Whether it is a normalisation with an activation in it, as timm's."""
+    return isinstance(norm, nn.Module) and norm._modules.get("act") is not None
+
+
+def fused_activation(norm: Any, activation: Any, ranks: Iterable[int]) -> str | None:
+    """The name of the activation where calling the two is act(batch_norm(x)) of this many dimensions and nothing else.
+    activation: None where it stands in the norm, whose class was proved."""
+    classes = tuple(layers.NORMS[rank][0] for rank in ranks)
+    if activation is None:
+        drop, activation = norm._modules.get("drop"), norm._modules.get("act")
+        if not isinstance(norm, classes) or type(drop) is not nn.Identity or layers.plain(drop):
+            return None
+    elif type(norm) not in classes:
+        return None
+    read = layers.ACTIVATIONS.get(type(activation))
+    return None if read is None or layers.plain(norm) or layers.plain(activation) else read(activation)
+
+
+def evaluated_norm(norm: Any, activation: Any, ranks: Iterable[int]) -> str | None:
+    """`fused_activation` where the normalisation is by running statistics."""
+    name = fused_activation(norm, activation, ranks)
+    return None if name is None or layers.uses_batch_statistics(norm) else name
 
 
 def is_convolution(module: object) -> bool:

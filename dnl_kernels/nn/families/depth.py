@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.dense_sum.api import dense_sum
-from .base import Executor, Skeleton, is_linear
+from .base import Attributes, Executor, Skeleton, attributes, differ, is_linear
 
 NAMES = ("n_blocks", "dilation", "period", "accumulators")
+CHANGE = ("accumulators", "dtype")  # with every pass
 
 
 class Blueprint(NamedTuple):
     skeleton: tuple[Skeleton, ...]
+    attributes: Attributes
 
 
 class States(list):
@@ -34,7 +36,9 @@ class DepthWeightedAverages:
         alphas = module._modules.get("alphas")
         if all(hasattr(module, name) for name in (*NAMES, "init_accumulators")) and alphas is not None:
             if all(alpha is None or is_linear(alpha) for alpha in alphas._modules.values()):
-                yield Blueprint((Skeleton.of(module, ""), Skeleton.of(module, "alphas")))
+                yield Blueprint(
+                    (Skeleton.of(module, ""), Skeleton.of(module, "alphas")), attributes(module, [""], CHANGE)
+                )
 
     def inputs(self, module: Any, blueprint: Blueprint) -> Iterable[tuple[Any, ...]]:
         return [tuple((2, 3, 4) for _ in range(module.n_blocks + 1))]
@@ -65,10 +69,13 @@ class AverageExecutor:
         self._owner, self._blueprint, self._backend = owner, blueprint, backend
 
     def init_accumulators(self, x: Tensor) -> bool | None:
+        owner, blueprint = self._owner, self._blueprint
         # Under autocast the original's product has another dtype than its states.
-        if torch.is_autocast_enabled(x.device.type) or not all(s.holds(self._owner) for s in self._blueprint.skeleton):
+        if torch.is_autocast_enabled(x.device.type) or not all(s.holds(owner) for s in blueprint.skeleton):
             return None
-        self._owner.accumulators = States([[x], *([] for _ in range(self._owner.dilation - 1))])
+        if differ(owner, blueprint.attributes, CHANGE):  # it may mean anything
+            return None
+        owner.accumulators = States([[x], *([] for _ in range(owner.dilation - 1))])
         return True
 
     def __call__(self, x: Tensor, block_idx: int) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers import DenseLayer
 from ..plan import Plan
-from .base import Attributes, Executor, Skeleton, get, is_activation, is_convolution, join
+from .base import Attributes, Executor, Skeleton, attributes, differ, get, is_activation, is_convolution, join
 from .dense import Layer, describe_layer, summarise, widths
 
 SIZES = ((5, 6), (12, 12))
@@ -22,6 +22,7 @@ class Blueprint(NamedTuple):
     layers: tuple[Layer, ...]
     shared: str | None  # the activation behind every convolution but the last, where it is a child of the block
     last: str
+    attributes: Attributes
     scale: float | None  # known after a run
 
 
@@ -48,7 +49,10 @@ class ResidualDenseBlocks:
             path, act = f"{name}{convolution}", shared if activation is None else f"{name}{activation}"
             if act is None:
                 return
-            layers.append(Layer(name, (Skeleton.of(module, name),), (("affine", path),), (act,), None, False, ()))
+            layers.append(
+                Layer(name, (Skeleton.of(module, name),), (("affine", path),), (act,), None, False, (),
+                      attributes(module, [name] if convolution else []))
+            )  # fmt: skip
         channels = first = widths(module, layers[0])[0]
         final = layers[0]._replace(parts=(("affine", numbered[-1] + last[0]),))
         for layer in (*layers, final):
@@ -62,7 +66,7 @@ class ResidualDenseBlocks:
             yield f"it has further submodules: {', '.join(unknown)}"
             return
         used = shared if any(activation is None for _, activation in before) else None
-        yield Blueprint((Skeleton.of(module, ""),), tuple(layers), used, numbered[-1], None)
+        yield Blueprint((Skeleton.of(module, ""),), tuple(layers), used, numbered[-1], attributes(module, [""]), None)
 
     def _pair(self, module: nn.Module, name: str) -> tuple[str, str | None] | None:
         """The paths of a convolution and of its own activation, below the child called `name`."""
@@ -110,12 +114,10 @@ class ResidualDenseBlocks:
 class ResidualExecutor:
     def __init__(self, owner: nn.Module, blueprint: Blueprint, backend: str | None, family: ResidualDenseBlocks):
         self._owner, self._blueprint, self._family = owner, blueprint, family
-        layers = [get(owner, layer.path) for layer in blueprint.layers]
-        self._attributes = Attributes([owner, *(m for m in layers if m is not None and not is_convolution(m))])
         self._backend, self.plan = backend, Plan(self.describe)
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        if self._attributes.changed() or not isinstance(get(self._owner, self._blueprint.last), nn.Module):
+        if not isinstance(get(self._owner, self._blueprint.last), nn.Module):
             return None
         states = self.plan(self._owner, x, self._backend)
         return None if states is None else self._family.finish(self._owner, self._blueprint, states, x)
@@ -128,5 +130,7 @@ class ResidualExecutor:
         blueprint = self._blueprint
         if not all(skeleton.holds(owner) for skeleton in blueprint.skeleton):
             return "it has other children than when it was accelerated"
+        if changed := differ(owner, blueprint.attributes):
+            return f"{changed[0]} is not what it was when it was accelerated"
         call = self._family.call(owner, blueprint)
         return [describe_layer(owner, layer, call) for layer in blueprint.layers]

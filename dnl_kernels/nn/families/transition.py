@@ -15,11 +15,20 @@ from ..._kept import Kept
 from ...ops.norm_activation import cpu as norm_activation
 from ...ops.transition import cpu as evaluated
 from .. import layers, running_statistics
-from .base import Executor, Skeleton, get, is_activation, is_convolution, is_norm, origin
+from .base import (
+    Executor,
+    Skeleton,
+    fused_activation,
+    get,
+    holds_its_activation,
+    is_activation,
+    is_convolution,
+    is_norm,
+    origin,
+)
 
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 SIZES = ((7,), (7, 6), (5, 4, 6))
-FUSED = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Identity: "identity"}
 
 
 class Blueprint(NamedTuple):
@@ -45,7 +54,7 @@ class Transitions:
         norm, convolution, pool = children[0], children[-2], children[-1]
         if not (is_norm(norm) and is_convolution(convolution) and (own or is_activation(children[1]))):
             return
-        if own and norm._modules.get("act") is None:
+        if own and not holds_its_activation(norm):
             return
         if origin(module).forward is not nn.Sequential.forward:
             yield "its class has a forward of its own"
@@ -123,31 +132,21 @@ class TransitionExecutor:
         front of the convolution."""
         norm: Any = get(self._owner, self._blueprint.norm)
         path = self._blueprint.activation
-        activation: Any = norm._modules["act"] if path is None else get(self._owner, path)
-        if type(norm) is not nn.BatchNorm2d and not (path is None and isinstance(norm, nn.BatchNorm2d)):
-            return None
-        drop: Any = norm._modules.get("drop")
-        if path is None and (type(drop) is not nn.Identity or layers.plain(drop)):
-            return None
-        if (
-            layers.plain(norm)
-            or layers.plain(activation)
-            or type(activation) not in FUSED
-            or self._backend not in (None, "cpu")
-        ):
+        activation = fused_activation(norm, path and get(self._owner, path), (2,))
+        if activation is None or self._backend not in (None, "cpu"):
             return None
         tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
         measures = norm.training or norm.running_mean is None
         if not measures and not evaluated.limit(x, (convolution.weight, convolution.bias, *tensors)):
             return evaluated.transition(
-                x, convolution.weight, convolution.bias, tensors, FUSED[type(activation)], True, norm.eps, self._kept
+                x, convolution.weight, convolution.bias, tensors, activation, True, norm.eps, self._kept
             )
         mean, var = (None, None) if measures else (norm.running_mean, norm.running_var)
         dtypes = {t.dtype for t in (x, norm.weight, norm.bias, mean, var) if t is not None}
         if len(dtypes) > 1 or norm_activation.limit(x, mean, "floor"):
             return None
         z, mean, var = norm_activation.norm_activation(
-            x, norm.weight, norm.bias, mean, var, FUSED[type(activation)], "floor", norm.eps
+            x, norm.weight, norm.bias, mean, var, activation, "floor", norm.eps
         )
         if measures:
             running_statistics.update([(norm, mean, var)], x.numel() // x.shape[1])

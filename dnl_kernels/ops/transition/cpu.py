@@ -1,4 +1,4 @@
-"""transition and norm_activation_max_pool on the CPU, without gradients: csrc/transition."""
+"""transition, norm_activation_max_pool and norm_activation_mean on the CPU, without gradients: csrc/transition."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..._kept import Kept
 Norm = Sequence[Tensor | None]  # gamma, beta, mean, var
 
 
-def limit(x: Tensor, tensors: Sequence[Tensor | None]) -> str | None:
-    """Why these kernels cannot run a call with these tensors, or None."""
-    if x.device.type != "cpu" or x.dim() != 4 or x.dtype not in (torch.float32, torch.float64):
+def limit(x: Tensor, tensors: Sequence[Tensor | None], ranks: Sequence[int] = (4,)) -> str | None:
+    """Why these kernels cannot run a call with these tensors, or None. ranks: of x, that the kernel takes."""
+    if x.device.type != "cpu" or x.dim() not in ranks or x.dtype not in (torch.float32, torch.float64):
         return "the evaluated transition takes float32 or float64 images on the CPU"
     if any(t is not None and t.dtype != x.dtype for t in tensors):
         return "the evaluated transition has one dtype"
@@ -54,12 +54,24 @@ def transition(
     return evaluate(x, packed, weight.shape[0], activation, pool)
 
 
-def norm_activation_max_pool(x: Tensor, norm: Norm, activation: str, eps: float) -> Tensor:
-    """Maxima over 3 x 3 pixels, 2 apart and padded by 1, of act(norm(x)): [B, C, H, W] -> [B, C, (H+1)/2, (W+1)/2]."""
-    ops: Any = torch.ops.dnl
+def _folded(norm: Norm, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scale, shift with norm(x) = scale * x + shift."""
     gamma, beta, mean, var = (None if t is None else t.double() for t in norm)
     assert mean is not None and var is not None
     scale = torch.rsqrt(var + eps) if gamma is None else gamma * torch.rsqrt(var + eps)
     shift = -mean * scale if beta is None else beta - mean * scale
-    scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-    return ops.norm_activation_max_pool(x, scale, shift, activation)
+    return scale.to(dtype), shift.to(dtype)
+
+
+def norm_activation_max_pool(x: Tensor, norm: Norm, activation: str, eps: float, kept: Kept | None = None) -> Tensor:
+    """Maxima over 3 x 3 pixels, 2 apart and padded by 1, of act(norm(x)): [B, C, H, W] -> [B, C, (H+1)/2, (W+1)/2].
+    `kept` as for `transition`."""
+    scale, shift = (kept or Kept()).get(norm, (eps, x.dtype), lambda: _folded(norm, eps, x.dtype))
+    return torch.ops.dnl.norm_activation_max_pool.default(x, scale, shift, activation)
+
+
+def norm_activation_mean(x: Tensor, norm: Norm, activation: str, eps: float, kept: Kept | None = None) -> Tensor:
+    """The mean of act(norm(x)) over all positions: [B, C, N], [B, C, H, W] or [B, C, D, H, W] -> [B, C]."""
+    scale, shift = (kept or Kept()).get(norm, (eps, x.dtype), lambda: _folded(norm, eps, x.dtype))
+    images: Any = x if x.dim() == 4 else x.flatten(2).unsqueeze(2)
+    return torch.ops.dnl.norm_activation_mean.default(images, scale, shift, activation)

@@ -1,4 +1,5 @@
-"""y = W mean_2x2(act(gamma * (x - mean) / sqrt(var + eps) + beta)) + b, and maxima of 3 x 3 such numbers, 2 apart."""
+"""y = W mean_2x2(act(gamma * (x - mean) / sqrt(var + eps) + beta)) + b; maxima of 3 x 3 such numbers, 2 apart, and
+their means over all pixels."""
 
 from __future__ import annotations
 
@@ -24,3 +25,8 @@ def transition(
 def norm_activation_max_pool(x: Tensor, norm: Sequence[Tensor | None], activation: str, eps: float) -> Tensor:
     gamma, beta, mean, var = norm
     return F.max_pool2d(norm_activation(x, gamma, beta, mean, var, activation, None, eps), 3, 2, 1)
+
+
+def norm_activation_mean(x: Tensor, norm: Sequence[Tensor | None], activation: str, eps: float) -> Tensor:
+    gamma, beta, mean, var = norm
+    return norm_activation(x, gamma, beta, mean, var, activation, None, eps).flatten(2).mean(2)
