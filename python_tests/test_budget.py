@@ -71,8 +71,8 @@ def test_zeros_must_be_zeros():
 
 
 def test_more_runs_widen_what_few_have_missed_and_nothing_wrong():
-    """Of 4096 sums of 64 numbers some have small deviations in all of the first runs. What is wrong stays so, and what was read
-    must be there as it was."""
+    """Of 4096 sums of 64 numbers some have small deviations in all of the first runs. What is wrong stays so, and what
+    was read must be there as it was."""
     x = torch.randn(4096, 64, dtype=torch.float64)
     exact = exactly(lambda: (x * x).sum(1), torch.float32)
     before = exact.bound.clone()

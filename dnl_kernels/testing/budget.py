@@ -195,7 +195,7 @@ COMPOSED: dict[Any, Callable[..., Any]] = {
 class Rounding(TorchDispatchMode):
     """Every floating-point operation is off by up to unit * sum |terms| + underflow, uniformly."""
 
-    def __init__(self, unit: float, underflow: float, generator: torch.Generator):
+    def __init__(self, unit: float, underflow: float, generator: Callable[[torch.device], torch.Generator]):
         super().__init__()
         self.unit, self.underflow, self.generator = unit, underflow, generator
 
@@ -223,7 +223,8 @@ class Rounding(TorchDispatchMode):
     def _round(self, result: Any, terms: Any, amplified: Any) -> Any:
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return result
-        drawn = torch.empty(result.numel() + 1, dtype=result.dtype).uniform_(-1, 1, generator=self.generator)
+        drawn = torch.empty(result.numel() + 1, dtype=result.dtype, device=result.device)
+        drawn.uniform_(-1, 1, generator=self.generator(result.device))
         own, common = drawn[:-1].view(result.shape), drawn[-1] * (self.unit * COMMON)
         error = (terms * self.unit).add_(self.underflow * amplified).mul_(own).addcmul_(result, common)
         return result.add_(error.nan_to_num_(0.0, 0.0, 0.0))
@@ -245,7 +246,8 @@ def exactly(compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtyp
     underflow = torch.finfo(wide).tiny
     exact = compute()
     deviations = tree_map(lambda t: torch.zeros_like(t) if isinstance(t, Tensor) else None, exact)
-    generator = torch.Generator().manual_seed(0)
+    # Of the devices on which the reference computes, each its own.
+    generator = functools.cache(lambda device: torch.Generator(device).manual_seed(0))
 
     def widen(largest, value, other):
         if isinstance(value, Tensor):

@@ -120,7 +120,7 @@ def _by_tiles(second: bool):
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *_, **__) -> Tensor:
         """W (*) x + bias for 3x3 filters, some rows and columns at a time."""
         wide = min(weight.shape[:2]) >= 16
-        forms = [*enumerate((FOUR, TWO if wide else ONE) if second else (TWO, TWO))]
+        forms: list = [*enumerate((FOUR, TWO if wide else ONE) if second else (TWO, TWO))]
         height, width, (rows, columns) = *x.shape[2:], (len(form[2]) for _, form in forms)
         down, right = -(-height // rows), -(-width // columns)
         padded = F.pad(x, (1, right * columns - width + 1, 1, down * rows - height + 1))
