@@ -74,13 +74,16 @@ def test_benchmarks_of_a_gpu_are_legal_calls(group, monkeypatch):
     monkeypatch.setattr(groups, "DEVICE", "cuda")
     monkeypatch.setattr(groups, "OWN", ("cuda", "triton"))
     monkeypatch.setattr(groups, "compiled", lambda function: function)
+    triangle = groups._triangle  # of 64 layers it has thousands of sums
+    monkeypatch.setattr(groups, "_triangle", lambda layers, *rest: triangle(8, *rest))
     monkeypatch.setattr(_backend, "shared_memory", lambda _: H100)
     monkeypatch.setattr(_backend, "absence", lambda _: None)
     seen = set()
     with FakeTensorMode(allow_non_fake_inputs=True):
         for case, _ in groups.GROUPS[group]():
             for name, way in case.ways.items():
-                if not isinstance(way, str) and refused(way.call) is None:
+                # Which of torch's attention kernels there are is asked of a real device.
+                if not isinstance(way, str) and not name.startswith("sdpa ") and refused(way.call) is None:
                     seen.add(name)
     own = {"ours"} if group == "attention" else {b for b in ("cuda", "triton") if b in _backend.SUPPORTS[group]}
     assert own < seen

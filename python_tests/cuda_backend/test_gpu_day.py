@@ -31,7 +31,9 @@ def test_every_call_has_a_name_of_its_own(dtype):
 def test_the_tests_of_a_gpu_run_in_the_emulator():
     """All of them are collected; those run that reach what no other test calls. `make gpu-day GPU_DAY=--rehearse` runs
     them all."""
-    chosen = "(beyond and dense_sum-cuda) or (moments and seven) or every_operator or (opcheck and dnl_block and half)"
+    chosen = (
+        "(beyond and dense_sum-cuda) or (moments and seven) or every_operator or (opcheck and dnl_block and float16)"
+    )
     environment = {**os.environ, "DNL_GPU_TESTS": "emulated", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     command = [sys.executable, "-m", "pytest", "python_tests/gpu", "-p", "no:cacheprovider", "-rA"]
     run = subprocess.run([*command, "-k", chosen], env=environment, capture_output=True, text=True, check=False)
