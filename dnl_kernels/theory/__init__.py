@@ -53,6 +53,7 @@ from .regularization import (
     regularizer_terms,
 )
 from .sampling import sample_cell_average, sample_pointwise
+from .segments import final_state
 from .solve import IntegralProblem, solve
 from .solvers import Trajectory, forward
 from .spectral import SobolevPreconditioner, dct_matrix, sobolev_gradient
@@ -103,6 +104,7 @@ __all__ = [
     "distance",
     "extend",
     "extended_curves",
+    "final_state",
     "fitted_order",
     "flip",
     "forward",

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from dnl_kernels import theory
 from dnl_kernels.experiments import converge_report
 from dnl_kernels.theory import dynamics, studies
 
-FOLDER = pathlib.Path(__file__).parents[2] / "docs" / "theory"
-NAMES = ("forward", "regularizer", "constants", "learning-a", "learning-b", "dynamics-a")
+TESTS = pathlib.Path(__file__).parent
+FOLDER = TESTS.parents[1] / "docs" / "theory"
+NAMES = ("forward", "regularizer", "constants", "learning-a", "learning-b", "limit-a-p2", "dynamics-a")
 
 
 def record(name):
@@ -25,13 +27,58 @@ def errors(name, table):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_are_those_of_the_record(name):
-    text = (FOLDER / "README.md").read_text()
+    text = (FOLDER / "measured.md").read_text()
     for result in record(name):
         for table in converge_report.tables(result):
             if name != "forward" or table.header[0].startswith("largest state"):
                 assert converge_report.markdown(table) in text, table.header
     assert f"({name}.png)" in text
     assert (FOLDER / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def guide():
+    """The rows of the guide's map: cells between bars that are not escaped."""
+    text = (FOLDER / "README.md").read_text().split("## The map")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def test_the_guide_names_functions_and_tests_that_exist():
+    rows = guide()
+    assert len(rows) > 20
+    for statement, _, functions, tests, figures, status in rows:
+        assert status, statement
+        for name in re.findall(r"`(\w+)`", functions):
+            assert hasattr(theory, name), (statement, name)
+        for file, test in re.findall(r"`(\w+\.py)::(\w+)`", tests):
+            assert f"def {test}(" in (TESTS / file).read_text(), (statement, file, test)
+        for figure in figures.split(", "):
+            assert not figure or "(" in figure or list(FOLDER.glob(f"{figure}*.png")), (statement, figure)
+
+
+def test_the_guide_has_the_rows_of_the_solvers():
+    rows = json.loads((FOLDER / "solvers.json").read_text())["rows"]
+    text = (FOLDER / "README.md").read_text()
+    for row in rows:
+        name, solver = row["equation"], row["solver"]
+        assert f"| {name} | {solver} | {row['error']:.0e} | {row['milliseconds']:.1f} |" in text
+
+
+def test_the_limit_is_current():
+    (result,) = record("limit-a-p2")
+    problem = theory.problem_a(2, "lifted")
+    found = theory.minimize_continuous(problem, 6)
+    first = result["continuous"][0]
+    assert first["degree"] == 6
+    assert found.value == pytest.approx(first["value"], rel=1e-9)
+    certificate = theory.certify(problem, found)
+    assert certificate.residual == pytest.approx(first["certificate"]["residual"], rel=1e-3)
+    assert certificate.curvature == pytest.approx(first["certificate"]["curvature"], rel=1e-3)
+    values = [row["value"] for row in result["continuous"]]
+    assert values == sorted(values, reverse=True)
+    assert values[-2] == pytest.approx(values[-1], rel=1e-10), "two resolutions agree"
+    discrete = problem.minimize(4, restarts=0, start=theory.sample_pointwise(found.curves, 4))
+    assert discrete.value == pytest.approx(result["values"]["x0 lifted"][0], rel=1e-8)
 
 
 def test_forward_is_current():
