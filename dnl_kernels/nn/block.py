@@ -166,7 +166,15 @@ def _append(layer: nn.Module, states: list[Tensor]) -> list[Tensor]:
 
 
 def _describe(block: DNLBlock) -> list[DenseLayer] | str:
-    return [layer.description() for layer in block._layers()]
+    """block.layers belongs to every layer: one in it may be replaced, by anything that takes the states."""
+    found = []
+    for name, layer in block.layers.named_children():
+        if isinstance(layer, DNLLayer):
+            described = layer.description()
+        else:
+            described = DenseLayer(f"layers.{name}", layer, _append, {}, ())
+        found.append(described._replace(others=(block.layers,)))
+    return found
 
 
 class DNLBlock(nn.Module):

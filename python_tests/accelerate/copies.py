@@ -373,6 +373,19 @@ class Perceptron(nn.Module):
         return self.out(x)
 
 
+class SharedPerceptron(Perceptron):
+    """One activation module behind every map."""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.LeakyReLU(0.2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, self.act(layer(x))], -1)
+        return self.out(x)
+
+
 # name: how the model is made, the shape of an input, how many blocks are accelerated
 CASES = {
     "list": (DenseNet, (3, 3, 8, 7), 3),
@@ -389,6 +402,7 @@ CASES = {
     "features, 3d": (VolumeFeatures, (2, 3, 4, 5, 6), 2),
     "linear, rows": (lambda: nn.Sequential(LinearBlock()), (7, 4), 1),
     "linear, list": (lambda: nn.Sequential(Perceptron()), (7, 4), 1),
+    "linear, shared activation": (lambda: nn.Sequential(SharedPerceptron()), (7, 4), 1),
     "linear, list of tokens": (lambda: nn.Sequential(Perceptron()), (2, 7, 4), 1),
     "tiramisu": (lambda: DenseNet(TiramisuBlock), (3, 3, 8, 7), 3),
     "tiramisu, dropout": (lambda: DenseNet(TiramisuBlock, dropout=0.2), (3, 3, 8, 7), 3),

@@ -5,11 +5,12 @@ import types
 import pytest
 import torch
 from compare import assert_same, everything, randomise
-from copies import DenseNet, JoinedBlock, ListBlock, NormActBlock
+from copies import DenseNet, JoinedBlock, ListBlock, NormActBlock, SharedPerceptron, TiramisuBlock
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import dnl_kernels as dnl
+from dnl_kernels.nn.families import dense
 
 B = "block1.denselayer2"
 
@@ -351,3 +352,44 @@ def test_a_class_that_changes_its_forward_later(monkeypatch):
     old = ListBlock.forward
     monkeypatch.setattr(ListBlock, "forward", lambda self, x: 2 * old(self, x))
     assert_same(everything(fast, x), everything(plain, x))
+
+
+LINEAR_CHANGES = {
+    "hook on a map": lambda block: block.layers[1].register_forward_hook(lambda m, i, o: 2 * o),
+    "hook on the activation": lambda block: block.act.register_forward_hook(lambda m, i, o: o + 1),
+    "hook on the last map": lambda block: block.out.register_forward_pre_hook(lambda m, i: (2 * i[0],)),
+    "another activation": lambda block: setattr(block, "act", nn.ELU()),
+    "another slope": lambda block: setattr(block.act, "negative_slope", 0.5),
+    "adapter": lambda block: block.layers.__setitem__(2, nn.Sequential(block.layers[2], nn.Tanh())),
+    "pruned": lambda block: prune.l1_unstructured(block.layers[0], "weight", 0.5),
+    "weight norm": lambda block: parametrizations.weight_norm(block.layers[2]),
+    "a wider map": lambda block: block.layers.append(nn.Linear(19, 5).double()) and setattr(
+        block, "out", randomise(nn.Linear(24, 2)).double()
+    ),
+    "dropout behind": lambda block: setattr(block, "out", nn.Sequential(nn.Dropout(0.3), block.out)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", LINEAR_CHANGES)
+def test_blocks_of_linear_maps_follow_their_modules(monkeypatch, name, when):
+    monkeypatch.setattr(dense, "WORTH", (0, 0))
+    plain, fast = (nn.Sequential(randomise(SharedPerceptron()).double()) for _ in range(2))
+    x = torch.randn(7, 4, dtype=torch.float64)
+    if when == "after":
+        everything(dnl.accelerate(fast), x)
+    for model in (plain, fast):
+        torch.manual_seed(1)
+        LINEAR_CHANGES[name](model[0])
+    if when == "before":
+        assert len(dnl.accelerate(fast, report=True)) == 1
+    assert_same(steps(fast, x), steps(plain, x), 1e-8)
+
+
+def test_a_layer_that_is_replaced_in_the_list_of_a_block():
+    plain, fast = (nn.Sequential(randomise(TiramisuBlock(3, 3, 4)).double()) for _ in range(2))
+    x = torch.randn(3, 3, 8, 7, dtype=torch.float64)
+    everything(plain, x), everything(dnl.accelerate(fast), x)
+    for model in (plain, fast):
+        model[0].layers[1] = nn.Sequential(model[0].layers[1], nn.Tanh())
+    assert_same(steps(fast, x), steps(plain, x))

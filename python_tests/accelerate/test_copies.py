@@ -136,7 +136,7 @@ def test_blocks_of_linear_maps_that_would_gain_nothing_run_as_they_did(monkeypat
 
 def test_every_kind_of_dense_block_has_layers_on_kernels(monkeypatch):
     """Otherwise the comparisons above would compare PyTorch with itself."""
-    for name in ("linear, rows", "linear, list", "linear, list of tokens"):
+    for name in ("linear, rows", "linear, list", "linear, shared activation", "linear, list of tokens"):
         model = dnl.accelerate(CASES[name][0]())
         calls = count_calls(monkeypatch)
         everything(model, torch.randn(CASES[name][1]))

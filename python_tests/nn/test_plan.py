@@ -348,3 +348,30 @@ def test_kept_weights_follow_every_change(form):
     assert y.requires_grad
     with torch.inference_mode():
         torch.testing.assert_close(block(x), y)
+
+
+def test_a_layer_that_is_replaced_in_the_list():
+    """By one like it, by something else, and back."""
+
+    class Halved(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, states):
+            return 0.5 * self.layer(states)
+
+    torch.manual_seed(0)
+    block, other = (DNLBlock(4, 3, 5).double().eval() for _ in range(2))
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    with torch.no_grad():
+        before, first = block(x), block.layers[1]
+        for layer in (other.layers[1], Halved(first)):
+            block.layers[1] = layer
+            states = [x]
+            for module in block.layers:
+                states.append(module(states))
+            torch.testing.assert_close(block(x), torch.cat(states, 1))
+            assert not torch.allclose(block(x), before)
+        block.layers[1] = first
+        torch.testing.assert_close(block(x), before)

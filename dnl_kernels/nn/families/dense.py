@@ -257,8 +257,9 @@ class DenseBlocks:
             return None
         paths = [f"{at}.{name}".strip(".") for name in names]
         bare = [is_linear(get(module, path)) or is_convolution(get(module, path)) for path in paths]
-        if all(bare) and at and len(paths) > 1:
-            return at, tuple(bare_layer(module, path) for path in paths), last, shared
+        if at and len(paths) > 1 and bare[0] and sum(bare) > len(bare) / 2:
+            layers = [bare_layer(module, p) if b else opaque(module, p) for p, b in zip(paths, bare, strict=True)]
+            return at, tuple(layers), last, shared
         if shared is not None or any(bare) or not all(get(module, path)._modules for path in paths):
             return None
         layers = [read_layer(module, path) or opaque(module, path) for path in paths]
@@ -362,7 +363,8 @@ class BlockExecutor:
             return f"{changed[0]} is not what it was when it was accelerated"
         call, name = self._family.call(owner, self._blueprint), self._blueprint.activation
         shared = name if name is None or name in FUNCTIONS else get(owner, name)
-        return [describe_layer(owner, layer, call, shared) for layer in self._blueprint.layers]
+        holders = tuple(get(owner, skeleton.path) for skeleton in self._blueprint.skeleton if skeleton.path)
+        return [describe_layer(owner, layer, call, shared, holders) for layer in self._blueprint.layers]
 
 
 def summarise(segments: list[Segment] | str) -> str:
@@ -375,9 +377,12 @@ def summarise(segments: list[Segment] | str) -> str:
     return f"{by_kernels} of {count} layers by kernels" + (f"; by their submodules: {reasons}" if reasons else "")
 
 
-def describe_layer(owner: nn.Module, layer: Layer, call: Call, shared: Any = None) -> DenseLayer:
+def describe_layer(
+    owner: nn.Module, layer: Layer, call: Call, shared: Any = None, holders: tuple[Any, ...] = ()
+) -> DenseLayer:
     """What stands at the layer's path now; without parts where it is not what was proved: it is only called then.
-    shared: the activation that the block calls behind a layer without one, a name or a module."""
+    shared: the activation that the block calls behind a layer without one, a name or a module. holders: containers of
+    the layers, in which one may be replaced."""
     module = get(owner, layer.path)
     name = layer.path.rpartition(".")[2]
     parts = {part: get(owner, path) for part, path in layer.parts}
@@ -389,9 +394,9 @@ def describe_layer(owner: nn.Module, layer: Layer, call: Call, shared: Any = Non
         or any(activation is None for activation in activations)
         or differ(owner, layer.attributes, KNOWN)
     ):
-        return DenseLayer(name, module, call, {}, ())
+        return DenseLayer(name, module, call, {}, (), others=holders)
     dropout: Any = get(owner, layer.dropout) if layer.dropout else getattr(module, DROPOUT, 0.0) or None
-    others = tuple(get(owner, skeleton.path) for skeleton in layer.skeleton[1:])
+    others = (*holders, *(get(owner, skeleton.path) for skeleton in layer.skeleton[1:]))
     return DenseLayer(
         name, module, call, parts, activations, dropout, layer.preactivation, others, plain_types=frozenset(layer.norms)
     )
