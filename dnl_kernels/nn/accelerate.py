@@ -160,16 +160,18 @@ def _decide(
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
+        refused = None
         for family in FAMILIES.values():
             found = verdict(module, family, backend, verify)
-            if found is None:
-                continue
-            reason = found if isinstance(found, str) else None
             around = getattr(family, "surroundings", False)
-            if around and reason is not None:
-                continue
-            block = BlockReport(name, type(module).__name__, family.name, reason)
-            decided.append((block, module, found if isinstance(found, Settings) else None))
-            inside.update(map(id, module.modules()) if not around else [id(module)])
-            break
+            if isinstance(found, Settings):
+                decided.append((BlockReport(name, type(module).__name__, family.name, None), module, found))
+                inside.update(map(id, module.modules()) if not around else [id(module)])
+                break
+            if isinstance(found, str) and refused is None and not around:
+                refused = BlockReport(name, type(module).__name__, family.name, found)
+        else:
+            if refused is not None:
+                decided.append((refused, module, None))
+                inside.update(map(id, module.modules()))
     return decided

@@ -92,7 +92,8 @@ def verdict(module: nn.Module, family: Family, backend: str | None, verify: bool
                 settings = f"it could not be run on a copy of it: {type(error).__name__}: {_first_line(error)}"
         if isinstance(settings, Settings):
             return settings
-        reason = reason or settings
+        if not getattr(found, "unsure", False):
+            reason = reason or settings
     return reason
 
 

@@ -200,6 +200,19 @@ def test_a_layer_with_another_attribute_is_called():
     assert "differs" in report.refused["block1"]  # proved anew, as it is now
 
 
+def test_a_list_of_maps_that_only_looks_like_a_block_is_not_mentioned():
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 2), nn.Linear(6, 2), nn.Linear(8, 2)])
+
+        def forward(self, x):
+            return sum(layer(x[:, : layer.in_features]) for layer in self.layers)
+
+    report = dnl.accelerate(nn.Sequential(Steps(), DenseNet()), report=True)
+    assert [block.family for block in report] == ["dense block", "transition", "dense block"] and not report.refused
+
+
 def test_gradients_that_differ_are_found():
     class Detached(ListBlock):
         def forward(self, x):

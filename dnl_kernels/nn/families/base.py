@@ -23,7 +23,7 @@ OWN = frozenset(nn.Module().__dict__)  # what every module has
 
 class Family(Protocol):
     """One kind of module. `blueprints` yields what `module` may be, likeliest first, or a string: it looks like one of
-    this family, but is none, and why. Nothing: it has no likeness."""
+    this family, but is none, and why. Nothing: it has no likeness. One with `unsure` is not reported if it fails."""
 
     name: str
     structure: str  # what is looked for, for the error where nothing is found

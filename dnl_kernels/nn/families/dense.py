@@ -79,6 +79,11 @@ class Blueprint(NamedTuple):
     ranks: tuple[int, ...]  # of an input: those for which it was proved
     attributes: Attributes  # of the owner, but those that are understood
 
+    @property
+    def unsure(self) -> bool:
+        """A list of maps of growing width is a dense block only if it runs as one: else nothing is said of it."""
+        return self.call == "activated"
+
 
 def leaves(owner: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
     """(path, module) in order, through containers (nn.Sequential) below the layer."""
@@ -226,7 +231,7 @@ class DenseBlocks:
         for layer in layers:
             read, new = widths(module, layer)
             if channels is not None and read is not None and read != channels:
-                if "dense" in origin(module).__name__.lower():
+                if "dense" in origin(module).__name__.lower() and not is_bare(layer):
                     yield f"{layer.path} reads {read} channels; expected {channels}, all that come before it"
                 return
             channels = None if read is None or new is None else read + new
