@@ -119,7 +119,7 @@ def test_bottleneck_block(record, channels, layers, growth, batch, size):
     """A training step of torchvision's block: ours, eager, and eager on channels-last images."""
     from torchvision.models.densenet import _DenseBlock
 
-    layers, batch = (2, 2) if SMOKE else (layers, batch)
+    layers, batch, size = (2, 2, 6) if SMOKE else (layers, batch, size)
     plain_block = _DenseBlock(layers, channels, 4, growth, 0.0).to(DEVICE)
     x = torch.randn(batch, channels, size, size, device=DEVICE)
     ours, exact = accelerate(copy.deepcopy(plain_block)), copy.deepcopy(plain_block).double()
