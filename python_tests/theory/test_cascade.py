@@ -164,6 +164,8 @@ def test_depth_regularity_tells_curves_from_independent_layers(tmp_path):
     assert report.in_t[2, 1].item() == pytest.approx(5 * (P.row("K", 3)[1] - P.row("K", 2)[1]).norm().item())
     assert report.in_s[3, 1].item() == pytest.approx(5 * (P.row("K", 3)[2] - P.row("K", 3)[1]).norm().item())
     assert torch.isnan(report.size[1, 3]) and torch.isnan(report.in_t[4, 0]) and torch.isnan(report.in_s[2, 2])
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
-    rough[0].plot(tmp_path / "K.png")
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'dnl_kernels[experiments]'")
+    from dnl_kernels.experiments import regularity
+
+    regularity.draw(rough[0], tmp_path / "K.png")
     assert (tmp_path / "K.png").read_bytes().startswith(b"\x89PNG")
