@@ -136,6 +136,9 @@ def _target(source: nn.Module, finer: bool) -> nn.Module:
     from dnl_kernels.nn import DNLBlock, DNLNet
     from dnl_kernels.nn.network import NormActivation, Transition
 
+    for name, module in source.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            raise TypeError(f"source's {name or 'module'} has hooks: in a network that is made anew they would be lost")
     if type(source) is not DNLNet:
         if isinstance(source, DNLBlock):
             return _block(source, _layers(source, finer), source.config.in_channels)
@@ -148,6 +151,7 @@ def _target(source: nn.Module, finer: bool) -> nn.Module:
         if index:
             old = transitions[index - 1]
             previous, channels = channels, max(1, int(source.compression * channels))
+            _expect(old.conv, nn.Conv2d, f"transitions.{index - 1}.conv")
             kind = None if old.norm.norm is None else "batch"
             made = Transition(previous, channels, kind, old.norm.activation, old.pool)
             nn.init.kaiming_normal_(made.conv.weight)
@@ -158,11 +162,17 @@ def _target(source: nn.Module, finer: bool) -> nn.Module:
         new.blocks[index] = _block(block, _layers(block, finer), channels)
         channels = int(new.blocks[index].out_channels)  # type: ignore[arg-type]
     norm: Any = source.norm
+    _expect(source.classifier, nn.Linear, "classifier")
     new.norm = NormActivation(channels, None if norm.norm is None else "batch", norm.activation)
     _like_norm(new.norm.norm, norm.norm)
     new.classifier = nn.Linear(channels, source.classifier.out_features, source.classifier.bias is not None)
     weight = source.classifier.weight
     return new.to(device=weight.device, dtype=weight.dtype).train(source.training)
+
+
+def _expect(module: nn.Module, kind: type, name: str) -> None:
+    if type(module) is not kind:
+        raise TypeError(f"source's {name} must be a {kind.__name__}, got {type(module).__name__}")
 
 
 def _like_norm(new: Any, old: Any) -> None:
@@ -216,9 +226,11 @@ def _block(block: DNLBlock, layers: int, in_channels: int) -> DNLBlock:
         dtype=weight.dtype,
     )
     fresh: Any = new.layers[0]
-    for (name, own), (other, made) in zip(first.named_modules(), fresh.named_modules(), strict=False):
-        if name != other or type(own) is not type(made):
-            raise TypeError(f"source's layers.0.{name or other} is a {type(own).__name__}: made anew it would be lost")
+    made = {name: type(module) for name, module in fresh.named_modules()}
+    for name, module in block.layers.named_modules():
+        index, _, inner = name.partition(".")
+        if name and type(module) is not made.get(inner):
+            raise TypeError(f"source's layers.{name} is a {type(module).__name__}: made anew it would be lost")
     return new.train(block.training)
 
 
@@ -234,10 +246,8 @@ def _carried(source: nn.Module, target: nn.Module, state: State, fresh: State | 
         prefix = f"blocks.{index}."
         inner = _carried_block(*pair, _under(state, prefix), None if fresh is None else _under(fresh, prefix))
         found.update({prefix + name: value for name, value in inner.items()})
-        after = f"transitions.{index}." if index + 1 < len(blocks) else ""
-        names = (
-            [n for n in state if n.startswith(after)] if after else [n for n in state if n[:5] in ("norm.", "class")]
-        )
+        after = (f"transitions.{index}.",) if index + 1 < len(blocks) else ("norm.", "classifier.")
+        names = [name for name in state if name.startswith(after)]
         for name in names:
             out = target.get_parameter(name).shape[0] if name.endswith(("conv.weight", "conv.bias")) else 0
             found[name] = _over_states(name, state[name], *pair, out, None if fresh is None else fresh[name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,26 +43,6 @@ class DepthRegularity:
         mean = torch.nanmean(self.size)
         return tuple((torch.nanmean(q) / mean / self.layers).item() for q in (self.in_t, self.in_s))  # type: ignore
 
-    def plot(self, path: str | pathlib.Path) -> None:
-        """A PNG of the three over the triangle (needs matplotlib)."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(1, 3, figsize=(12.5, 3.9), layout="constrained")
-        titles = ("$|K^{l,j}|$", "$|K^{l+1,j}-K^{l,j}|/\\tau$", "$|K^{l,j+1}-K^{l,j}|/\\tau$")
-        for axis, title, values in zip(axes, titles, (self.size, self.in_t, self.in_s), strict=True):
-            image = axis.imshow(values.numpy(), origin="lower", cmap="viridis", vmin=0)
-            axis.set(title=title, xlabel="state $j$", ylabel="layer $l$")
-            figure.colorbar(image, ax=axis, shrink=0.85)
-        rough = self.roughness
-        figure.suptitle(
-            f"$R_L$ = {self.regularizer:.3g}, roughness {rough[0]:.2f} in t, {rough[1]:.2f} in s", fontsize=10
-        )
-        figure.savefig(path, dpi=130, format="png")
-        plt.close(figure)
-
 
 def depth_regularity(source: Any) -> DepthRegularity:
     """The depth regularity of Theta or of a DNLBlock (of its K = L tau affine.weight).
@@ -76,7 +55,8 @@ def depth_regularity(source: Any) -> DepthRegularity:
 
     Examples:
         >>> report = theory.depth_regularity(net.blocks[0])
-        >>> report.roughness, report.plot("block0.png")
+        >>> report.roughness
+        >>> dnl_kernels.experiments.regularity.draw(report, "block0.png")
     """
     if isinstance(source, DiscreteParameters):
         layers, base, packed = source.layers, 0, source.K

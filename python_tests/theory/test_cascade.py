@@ -118,9 +118,16 @@ def test_settings_of_a_block_are_kept_or_refused():
     assert isinstance(fine.layers[7].activation, nn.PReLU)
     frozen = [not layer.norm.weight.requires_grad for layer in fine.layers]
     assert frozen == [False, False, False, False, True, True, False, False]
-    block.layers[0].norm = nn.SyncBatchNorm(3).double()
-    with pytest.raises(TypeError, match=r"layers\.0\.norm is a SyncBatchNorm"):
+    block.layers[1].norm = nn.SyncBatchNorm(5).double()
+    with pytest.raises(TypeError, match=r"layers\.1\.norm is a SyncBatchNorm"):
         theory.refine(block)
+    net = network()
+    net.classifier = nn.Bilinear(2, 2, 2)
+    with pytest.raises(TypeError, match="classifier must be a Linear, got Bilinear"):
+        theory.refine(net)
+    net.stem.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="source's stem has hooks"):
+        theory.refine(net)
     with pytest.raises(ValueError, match="one growth rate"):
         theory.refine(DNLBlock(3, 2, [2, 4], affine="conv1x1"))
 
@@ -157,6 +164,8 @@ def test_depth_regularity_tells_curves_from_independent_layers(tmp_path):
     assert report.in_t[2, 1].item() == pytest.approx(5 * (P.row("K", 3)[1] - P.row("K", 2)[1]).norm().item())
     assert report.in_s[3, 1].item() == pytest.approx(5 * (P.row("K", 3)[2] - P.row("K", 3)[1]).norm().item())
     assert torch.isnan(report.size[1, 3]) and torch.isnan(report.in_t[4, 0]) and torch.isnan(report.in_s[2, 2])
-    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
-    rough[0].plot(tmp_path / "K.png")
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib: pip install 'dnl_kernels[experiments]'")
+    from dnl_kernels.experiments import regularity
+
+    regularity.draw(rough[0], tmp_path / "K.png")
     assert (tmp_path / "K.png").read_bytes().startswith(b"\x89PNG")
