@@ -75,14 +75,18 @@ void product_tile(const Product<T>& p, int64_t row, int64_t vector, Stream ahead
     }
   }
   const Vec<T> floor = broadcast(p.floor);
+  const auto finish = [&](auto before) {
 #pragma GCC unroll 14
-  for (int m = 0; m < M; m++)
+    for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; j++) {
-      T* const to = c + rows[m] + j * kLanes<T>;
-      const Vec<T> before = p.accumulate ? load(to) : p.bias ? load(p.bias + (vector + j) * kLanes<T>) : Vec<T>{};
-      store(to, maximum(floor, before + sum[m][j]));
-    }
+      for (int j = 0; j < N; j++) {
+        T* const to = c + rows[m] + j * kLanes<T>;
+        store(to, maximum(floor, before(to, j) + sum[m][j]));
+      }
+  };
+  if (p.accumulate) finish([](const T* to, int) { return load(to); });
+  else if (p.bias) finish([&](const T*, int j) { return load(p.bias + (vector + j) * kLanes<T>); });
+  else finish([](const T*, int) { return Vec<T>{}; });
 }
 
 // The tiles of N vectors with 1 .. product_rows(N) rows.

@@ -221,7 +221,7 @@ def main() -> None:
     file = arguments.folder / "outcomes.json"
     kept: dict[str, dict] = json.loads(file.read_text()) if file.is_file() else {}
     waiting = [job for job in jobs if arguments.afresh or job.digest(level) not in kept]
-    if waiting:
+    if waiting and arguments.seconds > 0:
         copy(arguments.folder)
         build(arguments.folder, level)
 
