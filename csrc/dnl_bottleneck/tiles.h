@@ -47,7 +47,7 @@ DNL_INLINE void spread(V first, V second, V (&to)[4]) {
 template <class T, class Read>
 DNL_INLINE void transform_tile(const Read& read, int64_t channels, int64_t tiles, int64_t point_stride, T* to) {
   for (int64_t c = 0; c < channels; c += kOutputBlock, to += tiles * kOutputBlock)
-#pragma GCC unroll 8
+#pragma GCC unroll 1
     for (int i = 0; i < kOutputBlock; i += kLanes<T>) {
       Vec<T> d[4][4];
 #pragma GCC unroll 4
@@ -79,6 +79,22 @@ DNL_INLINE void output_tile(const T* products, int64_t point_stride, Vec<T> (&to
   for (int y = 0; y < 2; y++) output_transform(half[y][0], half[y][1], half[y][2], half[y][3], to[y][0], to[y][1]);
 }
 
+// act(z); not inlined where it is long, since a tile has it 16 times.
+template <class T, ActivationKind A>
+__attribute__((noinline)) Vec<T> activated_by_call(Vec<T> z, T leak) {
+  Vec<T> value, slope;
+  activate<T, A>(z, leak, value, slope);
+  return value;
+}
+template <class T, ActivationKind A>
+DNL_INLINE Vec<T> activated(Vec<T> z, T leak) {
+  if constexpr (A == ActivationKind::tanh || A == ActivationKind::gelu || A == ActivationKind::silu)
+    return activated_by_call<T, A>(z, leak);
+  Vec<T> value, slope;
+  activate<T, A>(z, leak, value, slope);
+  return value;
+}
+
 // The same for channels [begin, end) of z = act(inner.scale * y + inner.shift), zero outside of the image, of tiles
 // [first, first + count).
 template <class T>
@@ -92,10 +108,8 @@ void transform_activated(const BottleneckMaps& maps, const InnerNorm<T>& inner, 
       const int64_t top = at / columns * 2 - 1, left = at % columns * 2 - 1;
       const int64_t corner = (tile / per_image * maps.height + top) * maps.width + left;
       const auto read = [&](int row, int column, int64_t c) __attribute__((always_inline)) {
-        Vec<T> value, slope;
-        activate<T, A>(load(y + (corner + row * maps.width + column) * maps.wide + begin + c) * load(scale + c) +
-                           load(shift + c), leak, value, slope);
-        return value;
+        const Vec<T> found = load(y + (corner + row * maps.width + column) * maps.wide + begin + c);
+        return activated<T, A>(found * load(scale + c) + load(shift + c), leak);
       };
       const auto read_inside = [&](int row, int column, int64_t c) __attribute__((always_inline)) {
         const bool inside = uint64_t(top + row) < uint64_t(maps.height) && uint64_t(left + column) < uint64_t(maps.width);
