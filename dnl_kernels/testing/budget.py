@@ -230,12 +230,15 @@ class Rounding(TorchDispatchMode):
         return result.add_(error.nan_to_num_(0.0, 0.0, 0.0))
 
 
-def exactly(compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtype | None = None) -> Any:
+def exactly(
+    compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtype | None = None, draws: int | None = None
+) -> Any:
     """What `compute()` returns, every tensor as an `Exact`: its value, and its bound for results of `dtype`.
 
     compute: runs the reference in float64, with whatever gradients are asked for, from the same inputs each time.
     roundoff: the dtype that operations round to, by default `dtype` and for half types float32, in which they are added
     up and rounded once, when a result is stored. Where what is kept between operations is of a half type, say so.
+    draws: the first runs of each formulation, if not as many as DRAWS says.
     """
     wide = torch.promote_types(dtype, torch.float32)
     unit = torch.finfo(roundoff or wide).eps / 2
@@ -267,7 +270,8 @@ def exactly(compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtyp
                 if used:
                     draw_formulation(runs)
 
-    size = (roundoff or wide).itemsize
+    runs = RUNS[(roundoff or wide).itemsize]
+    first = draws or DRAWS[(roundoff or wide).itemsize]
     bounds: list[tuple[Tensor, Tensor]] = []
     made: list[bool] = []
 
@@ -284,11 +288,11 @@ def exactly(compute: Callable[[], Any], dtype: torch.dtype, roundoff: torch.dtyp
         for before, now in zip(tree_leaves(exact), tree_leaves(compute()), strict=True):
             if isinstance(before, Tensor) and not torch.isclose(before, now, equal_nan=True).all():
                 raise RuntimeError("what compute() reads has changed since: it cannot be run again")
-        draw(RUNS[size] - DRAWS[size])
+        draw(runs - first)
         for largest, bound in bounds:
             torch.mul(largest, scale, out=bound)
 
-    draw(DRAWS[size])
+    draw(first)
     return tree_map(pair, exact, deviations)
 
 

@@ -106,7 +106,7 @@ def test_accelerated_densenet121_equals_the_original():
     torch.manual_seed(0)
     original = densenet121(weights=None).double()
     fast = copy.deepcopy(original)
-    assert len(dnl.accelerate(fast, report=True).accelerated) == 7
+    assert len(dnl.accelerate(fast, report=True).accelerated) == 9
     x, target = torch.rand(2, 3, 64, 64, dtype=torch.float64), torch.tensor([3, 5])
     for _ in range(2):
         loss, grads = train_step(fast, x, target)

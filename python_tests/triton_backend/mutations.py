@@ -39,7 +39,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
         Mutation("mask", "(row < rows)[:, None] & (column < columns)", "(row <= rows)[:, None] & (column < columns)"),
         Mutation("mask", "mask=mask & (j < count), other=0.0", "mask=mask & (j < count - 1), other=0.0"),
         Mutation("offset", "offset = outer.to(tl.int64) * stride", "offset = outer * stride.to(tl.int32)", "32_bits"),
-        Mutation("offset", "at = (j * rows + row).to(tl.int64) * tiles + pid % tiles", "at = j * rows + row"),
+        Mutation("offset", "at = (tl.cast(j, tl.int64) * rows + row) * tiles + pid % tiles", "at = j * rows + row"),
         Mutation("scale", "dx = dy * _weight_tile(WEIGHT, j, count", "dx = dy * _weight_tile(WEIGHT, 0, count"),
         Mutation("sum", "y += x.to(tl.float32) * ", "y = x.to(tl.float32) * "),
     ],
