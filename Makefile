@@ -96,7 +96,7 @@ bench: build ## the benchmarks on this machine (23 minutes on two cores), render
 	$(BIN)/python -m bench.report docs/benchmarks/cpu.json
 
 bench-smoke: build ## every benchmark once, on small sizes: that they work, and that what they time is right
-	$(PARALLEL) DNL_BENCH_SMOKE=1 $(BIN)/python -m pytest bench --benchmark-disable-gc
+	$(PARALLEL) DNL_BENCH_SMOKE=1 $(BIN)/python -m pytest bench --numprocesses $(WORKERS) --benchmark-disable
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) build dist out dnl_kernels/_C*.so dnl_kernels/_cuda.so *.egg-info

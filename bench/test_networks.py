@@ -170,7 +170,7 @@ EVALUATED = [
 def test_densenet_in_evaluation(record, name, batch, bars):
     import torchvision
 
-    size = 64 if SMOKE else 224
+    batch, size = (1, 32) if SMOKE else (batch, 224)
     model = settled(getattr(torchvision.models, name)(num_classes=10), 64 if SMOKE else 96)
     x = torch.randn(batch, 3, size, size, device=DEVICE)
     record(evaluation_case(f"{name}-eval-B{batch}-{size}", model, x, bars), SECONDS)
