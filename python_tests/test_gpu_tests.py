@@ -11,18 +11,7 @@ from dnl_kernels.ops.dnl_block import resident
 from dnl_kernels.testing import named
 from dnl_kernels.testing.dnl_block import LayerParameters, inputs
 from python_tests.gpu import large
-
-
-def refused(call):
-    """Why a backend that is asked for by name cannot run the call, or None."""
-    try:
-        call()
-    except ValueError as error:
-        if "cannot run this call" not in str(error):
-            raise
-        return str(error)
-    return None
-
+from python_tests.gpu.refusals import refused
 
 H100 = 227 << 10  # bytes of shared memory of a block
 LARGE = [pytest.param(op, make, id=f"{op}-{name}") for op, cases in large.CALLS.items() for name, make in cases.items()]

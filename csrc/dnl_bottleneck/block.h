@@ -64,6 +64,26 @@ struct Block {
   int64_t channels() const { return channel_of(layers.size()); }
 };
 
+// Working memory of a thread for expand and contract.
+template <class T>
+struct ForwardScratch {
+  Scratch scratch;
+  T *panel, *transformed, *products, *pixels;
+
+  explicit ForwardScratch(const BottleneckMaps& maps)
+      : ForwardScratch(maps.panel(), maps.transformed(kBottleneckTiles), maps.products(kBottleneckTiles),
+                       maps.outputs(kBottleneckTiles)) {}
+
+ private:
+  ForwardScratch(int64_t panel_size, int64_t transformed_size, int64_t products_size, int64_t pixels_size)
+      : scratch(Scratch::bytes<T>(panel_size) + Scratch::bytes<T>(transformed_size) + Scratch::bytes<T>(products_size) +
+                Scratch::bytes<T>(pixels_size)),
+        panel(scratch.template take<T>(panel_size)),
+        transformed(scratch.template take<T>(transformed_size)),
+        products(scratch.template take<T>(products_size)),
+        pixels(scratch.template take<T>(pixels_size)) {}
+};
+
 using Tensors = std::vector<std::optional<Tensor>>;
 
 // The layers of a connectivity of so many numbers.

@@ -11,26 +11,6 @@
 namespace dnl {
 namespace {
 
-// U = G g G^T of a 3 x 3 filter, G of F(2, 3)
-template <class T>
-void transform_filter(const T* g, double (&u)[4][4]) {
-  double half[4][3];
-  for (int x = 0; x < 3; x++) {
-    const double a = g[x], b = g[3 + x], c = g[6 + x];
-    half[0][x] = a;
-    half[1][x] = (a + b + c) / 2;
-    half[2][x] = (a - b + c) / 2;
-    half[3][x] = c;
-  }
-  for (int y = 0; y < 4; y++) {
-    const double a = half[y][0], b = half[y][1], c = half[y][2];
-    u[y][0] = a;
-    u[y][1] = (a + b + c) / 2;
-    u[y][2] = (a - b + c) / 2;
-    u[y][3] = c;
-  }
-}
-
 template <class T>
 void pack_layer(const Block& block, const Layout& l, const Tensor& weight, const Tensor& filters, double tau,
                 const Folded& outer, const Folded& inner, const std::vector<double>& bias, T* packed) {
@@ -47,15 +27,8 @@ void pack_layer(const Block& block, const Layout& l, const Tensor& weight, const
       to[c * n] = static_cast<T>(inner.scale[o] * tau * double(w[o * l.channels + c]));
     packed[l.bias + o] = static_cast<T>(inner.scale[o] * bias[o] + inner.shift[o]);
   }
-  const T* g = static_cast<const T*>(filters.data_ptr());
-  const int64_t point = block.padded_wide * block.padded_growth;
-  for (int64_t o = 0; o < block.padded_growth; o++)
-    for (int64_t c = 0; c < block.padded_wide; c++) {
-      double u[4][4] = {};
-      if (o < block.growth && c < block.wide) transform_filter(g + (o * block.wide + c) * 9, u);
-      T* to = packed + l.filters + (o / n * block.padded_wide + c) * n + o % n;
-      for (int64_t i = 0; i < kWinogradPoints; i++) to[i * point] = static_cast<T>(u[i / 4][i % 4]);
-    }
+  DNL_ISA_CALL(pack_winograd<T>(static_cast<const T*>(filters.data_ptr()), block.growth, block.wide, false, 0,
+                                block.padded_growth / n, block.padded_growth, block.padded_wide, packed + l.filters));
 }
 
 Tensor dnl_bottleneck_pack(const Tensors& tensors, const std::vector<int64_t>& connectivity, int64_t in_channels,
@@ -116,22 +89,7 @@ class Evaluation {
   void run(T* z) {
     z_ = z;
     threads_ = free_threads();
-    struct Own {
-      Scratch scratch;
-      T *panel, *transformed, *products, *pixels;
-    };
-    const int64_t sizes[] = {maps_.panel(), maps_.transformed(kBottleneckTiles), maps_.products(kBottleneckTiles),
-                             maps_.outputs(kBottleneckTiles)};
-    const auto prepare = [&] {
-      int64_t bytes = 0;
-      for (int64_t size : sizes) bytes += Scratch::bytes<T>(size);
-      Own own{Scratch(bytes), nullptr, nullptr, nullptr, nullptr};
-      own.panel = own.scratch.template take<T>(sizes[0]);
-      own.transformed = own.scratch.template take<T>(sizes[1]);
-      own.products = own.scratch.template take<T>(sizes[2]);
-      own.pixels = own.scratch.template take<T>(sizes[3]);
-      return own;
-    };
+    const auto prepare = [&] { return ForwardScratch<T>(maps_); };
     const int64_t layers = layers_.size();
     const auto count = [&](int64_t phase) {
       if (phase == 0) return block_.in_channels * batch_ + largest_;
@@ -139,7 +97,7 @@ class Evaluation {
       const Split s = split(maps);
       return phase % 2 ? s.panels * s.blocks : s.tiles;
     };
-    parallel_phases(1 + 2 * layers * groups_, prepare, count, [&](int64_t phase, int64_t task, Own& own) {
+    parallel_phases(1 + 2 * layers * groups_, prepare, count, [&](int64_t phase, int64_t task, ForwardScratch<T>& own) {
       if (phase == 0) return start(task);
       const Group g = group((phase - 1) / (2 * layers));
       const BottleneckLayer<T>& layer = layers_[(phase - 1) / 2 % layers];

@@ -153,29 +153,14 @@ class TrainingForward {
   void run(T* packed) {
     packed_ = packed;
     threads_ = free_threads();
-    struct Own {
-      Scratch scratch;
-      T *panel, *transformed, *products, *pixels;
-    };
-    const int64_t sizes[] = {maps_.panel(), maps_.transformed(kBottleneckTiles), maps_.products(kBottleneckTiles),
-                             maps_.outputs(kBottleneckTiles)};
-    const auto prepare = [&] {
-      int64_t bytes = 0;
-      for (int64_t size : sizes) bytes += Scratch::bytes<T>(size);
-      Own own{Scratch(bytes), nullptr, nullptr, nullptr, nullptr};
-      own.panel = own.scratch.template take<T>(sizes[0]);
-      own.transformed = own.scratch.template take<T>(sizes[1]);
-      own.products = own.scratch.template take<T>(sizes[2]);
-      own.pixels = own.scratch.template take<T>(sizes[3]);
-      return own;
-    };
+    const auto prepare = [&] { return ForwardScratch<T>(maps_); };
     const int64_t shares = shares_of(panels_, s_.wide_blocks(), threads_);
     const auto count = [&](int64_t phase) -> int64_t {
       if (phase == 0) return b_.in_channels + s_.layers() * (s_.wide_blocks() + s_.growth_blocks());
       const int64_t counts[] = {1, panels_ * shares, s_.wide_blocks(), groups_};
       return counts[(phase - 1) % 4];
     };
-    parallel_phases(2 + 4 * s_.layers(), prepare, count, [&](int64_t phase, int64_t task, Own& own) {
+    parallel_phases(2 + 4 * s_.layers(), prepare, count, [&](int64_t phase, int64_t task, ForwardScratch<T>& own) {
       if (phase == 0) return start(task);
       const int64_t l = (phase - 1) / 4;
       if ((phase - 1) % 4 == 0) return scale_states(l);

@@ -4,7 +4,6 @@ DNL_GPU_TESTS=emulated rehearses: the CUDA sources in the emulator, and, in a pr
 the Triton kernels in the interpreter. What only a device has (streams, graphs, gigabytes) is skipped then, and says so.
 """
 
-import contextlib
 import os
 
 import pytest
@@ -39,28 +38,6 @@ OPERATORS = {op.name: op for op in operators()}
 every_pair = pytest.mark.parametrize("op, backend", PAIRS, ids=["-".join(pair) for pair in PAIRS])
 every_cuda_dtype = pytest.mark.parametrize("dtype", _backend.CUDA_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 of_a_device = pytest.mark.skipif(EMULATED, reason="a rehearsal: the emulator has neither streams, graphs nor gigabytes")
-
-
-def refused(call):
-    """Why a backend that is asked for by name cannot run the call, or None."""
-    try:
-        call()
-    except ValueError as error:
-        if "cannot run this call" not in str(error):
-            raise
-        return str(error)
-    return None
-
-
-@contextlib.contextmanager
-def skipped_where_refused():
-    """The test is skipped with the backend's reason."""
-    try:
-        yield
-    except ValueError as error:
-        if "cannot run this call" not in str(error):
-            raise
-        pytest.skip(str(error))
 
 
 def parameters(table):

@@ -16,7 +16,8 @@ from dnl_kernels.testing import assert_within_budget, dense_conv2d, dense_linear
 from dnl_kernels.testing.nonlocal_attention import Case as Attention
 
 from . import large
-from .targets import DEVICE, EMULATED, PAIRS, skipped_where_refused
+from .refusals import skipped_where_refused
+from .targets import DEVICE, EMULATED, PAIRS
 
 BEYOND = 2**31 if not EMULATED else 2**15  # a rehearsal of the test itself
 DTYPE = torch.bfloat16

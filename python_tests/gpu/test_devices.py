@@ -5,7 +5,8 @@ import torch
 
 from dnl_kernels.testing import named
 
-from .targets import CUDA, EMULATED, OPERATORS, every_pair, skipped_where_refused
+from .refusals import skipped_where_refused
+from .targets import CUDA, EMULATED, OPERATORS, every_pair
 
 several = pytest.mark.skipif(EMULATED or torch.cuda.device_count() < 2, reason="there are not two CUDA devices here")
 

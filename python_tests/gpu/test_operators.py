@@ -8,6 +8,7 @@ from dnl_kernels.testing import cotangent, dense_conv2d, dnl_block, named
 from dnl_kernels.testing.precision import float32_products
 
 from . import large
+from .refusals import refused, skipped_where_refused
 from .targets import (
     CUDA,
     DEVICE,
@@ -18,8 +19,6 @@ from .targets import (
     of_a_device,
     on_device,
     parameters,
-    refused,
-    skipped_where_refused,
 )
 
 
