@@ -61,7 +61,8 @@ sanitize: build ## operator tests on a library built with AddressSanitizer and U
 	-k "not derivative and not gradcheck and not gradients_of_gradients and not double_backward and not compile" \
 	python_tests/ops/test_dense_sum.py python_tests/ops/test_dense_conv2d.py python_tests/ops/test_dnl_block_cpu.py \
 	python_tests/ops/test_nonlocal_attention.py python_tests/ops/test_dnl_layer_cpu.py \
-	python_tests/ops/test_norm_activation.py python_tests/ops/test_transition.py python_tests/ops/test_dnl_bottleneck.py
+	python_tests/ops/test_norm_activation.py python_tests/ops/test_transition.py python_tests/ops/test_dnl_bottleneck.py \
+	python_tests/ops/test_dnl_bottleneck_training.py
 	$(PARALLEL) $(BIN)/python -m pytest --numprocesses 2 --dist load -m sanitizers python_tests/cuda_backend
 
 install-check: build ## every way of installing, in environments that lack something
